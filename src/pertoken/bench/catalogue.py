@@ -1,0 +1,116 @@
+"""Everything that is generated about methods, as plain data: cards, claims and their newest results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pertoken.bench import results
+from pertoken.bench.claims import claims_of
+from pertoken.core.card import Card, card, cards
+from pertoken.methods import load_methods
+
+GENERATING = ("policy", "decoder")
+
+
+def entries(directory: Path | None = None) -> list[dict[str, Any]]:
+    """One entry per registered method, in the order of the nine questions; results are read from `directory`."""
+    load_methods()
+    where = results.results_dir(directory)
+    return [entry(name, where) for name in cards()]
+
+
+def entry(name: str, directory: Path) -> dict[str, Any]:
+    """The entry of one method: its card, the families it runs on, and each claim with its newest record or null."""
+    one = card(name)
+    kept = results.read(name, directory) or {"claims": []}
+    newest = {record["claim"]: record for record in kept["claims"]}
+    return {
+        "name": one.name,
+        "question": one.question,
+        "shape": one.shape,
+        "summary": one.summary,
+        "paper": {"title": one.paper.title, "arxiv": one.paper.arxiv},
+        "exactness": one.exactness,
+        "reads": sorted(one.reads),
+        "writes": sorted(one.writes),
+        "needs": sorted(one.needs),
+        "families": _families(one),
+        "baseline": one.baseline,
+        "baselines": list(one.baselines),
+        "claims": [
+            {"claim": c.claim, "metric": c.metric, "expected": c.expected, "result": newest.get(c.claim)}
+            for c in claims_of(name)
+        ],
+        "measured": {key: kept.get(key) for key in ("date", "versions", "machine")} if newest else None,
+    }
+
+
+def _families(one: Card) -> list[str]:
+    if one.shape not in GENERATING:
+        return []
+    from pertoken.models import families
+
+    return list(families())
+
+
+def headline(one: dict[str, Any]) -> str:
+    """One line on the newest results of an entry: how many claims hold, and the first of them in figures."""
+    found = [claim["result"] for claim in one["claims"] if claim["result"]]
+    if not found:
+        return "a baseline" if one["baseline"] else "not measured here"
+    first, holding = found[0], sum(bool(record["holds"]) for record in found)
+    return f"{holding}/{len(one['claims'])} claims hold; {first['metric']} {figure(first)}"
+
+
+def figure(record: dict[str, Any]) -> str:
+    """A record's numbers in words: value, baseline, ratio."""
+    if record["value"] is None:
+        return record.get("detail", {}).get("error", "not a number")
+    text = number(record["value"])
+    if record["baseline_value"] is not None and record["baseline"]:
+        text += f" against {number(record['baseline_value'])} ({record['baseline']})"
+    return text
+
+
+def number(value: float | None) -> str:
+    """Four significant digits, whole numbers as they are."""
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if float(value).is_integer() and abs(value) < 1e6 else f"{value:.4g}"
+
+
+def recipe(name: str) -> Any:
+    """The recipe of a zoo model; an unknown name raises `ValueError` naming the nearest ones."""
+    import difflib
+
+    from pertoken.zoo.recipe import RECIPES
+
+    if name in RECIPES:
+        return RECIPES[name]
+    near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(RECIPES)}"
+    raise ValueError(f"zoo model {name!r} is unknown; {hint}")
+
+
+def zoo_entries() -> list[dict[str, Any]]:
+    """One entry per zoo model; bytes of its weights, 0 where they are not installed."""
+    from pertoken.zoo import WEIGHTS
+    from pertoken.zoo.recipe import RECIPES
+
+    found = []
+    for name, one in RECIPES.items():
+        files = list((WEIGHTS / name).glob("*.safetensors"))
+        found.append(
+            {
+                "name": name,
+                "layers": one.shape.layers,
+                "width": one.shape.width,
+                "vocabulary": one.shape.vocab,
+                "steps": one.steps,
+                "teacher": one.teacher,
+                "path": str(WEIGHTS / name) if files else None,
+                "bytes": sum(path.stat().st_size for path in files),
+            }
+        )
+    return found

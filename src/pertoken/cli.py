@@ -1,0 +1,370 @@
+"""Command line: methods, bench, run, demo, trace, zoo. Exit codes: 0 fine, 1 a claim or run failed, 2 bad arguments.
+
+Everything heavy is imported inside the commands, so that help is instant.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+TRACEBACK = "PERTOKEN_TRACEBACK"
+
+
+class Commands(TyperGroup):
+    """Says expected errors in one sentence on stderr; a traceback is for bugs, or when PERTOKEN_TRACEBACK is set."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort):
+            raise
+        except KeyboardInterrupt:
+            complain("stopped")
+            raise typer.Exit(1) from None
+        except Exception as error:
+            code = exit_code(error)
+            if code is None or os.environ.get(TRACEBACK):
+                raise
+            complain(str(error))
+            raise typer.Exit(code) from None
+
+
+def exit_code(error: Exception) -> int | None:
+    """2 for what the user gave, 1 for a run that failed in a way we foresaw, None for a bug."""
+    if isinstance(error, (ValueError, OSError)):
+        return 2
+    return 1 if type(error).__module__.split(".")[0] == "pertoken" else None
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Every token gets just what it needs: run, measure, record and draw dynamic-token methods.",
+)
+zoo_app = typer.Typer(no_args_is_help=True, help="The small trained models that ship with the package.")
+app.add_typer(zoo_app, name="zoo")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from pertoken import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")]
+Html = Annotated[Path | None, typer.Option(help="Write a self-contained HTML report.")]
+Results = Annotated[Path | None, typer.Option(help="Directory of results; default: ./results, or the checkout's.")]
+
+
+def complain(text: str) -> None:
+    """One red sentence on stderr."""
+    typer.secho(f"pertoken: {text}", fg="red", err=True)
+
+
+def print_json(value: Any) -> None:
+    import json
+
+    print(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def console(stderr: bool = False) -> Any:
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """A status line on stderr; plain lines where stderr is not a terminal."""
+    err = console(stderr=True)
+    if not err.is_terminal:
+        yield lambda text: print(text, file=sys.stderr, flush=True)
+        return
+    with err.status("starting") as status:
+        yield lambda text: status.update(text.replace("[", "\\["))
+
+
+def table(*heads: str, title: str | None = None) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    made = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    for head in heads:
+        made.add_column(head, overflow="fold")
+    return made
+
+
+@app.command()
+def methods(as_json: AsJson = False, results: Results = None) -> None:
+    """List every method with its card and newest results.
+
+    Example: pertoken methods
+    """
+    from pertoken.bench.catalogue import entries, headline
+
+    found = entries(results)
+    if as_json:
+        print_json(found)
+        return
+    rows = table("method\n[dim]question", "shape\n[dim]exactness", "paper\n[dim]needs", "baselines", "newest result")
+    for column in rows.columns[:3]:
+        column.no_wrap = True
+    for one in found:
+        paper, needs = one["paper"]["arxiv"] or "-", ", ".join(one["needs"])
+        first = (f"{one['name']}\n[dim]{one['question']}", f"{one['shape']}\n[dim]{one['exactness']}")
+        rows.add_row(*first, f"{paper}\n[dim]{needs}", ", ".join(one["baselines"]), headline(one))
+    console().print(rows)
+
+
+@app.command()
+def bench(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Methods whose claims to measure.")],
+    quick: Annotated[bool, typer.Option(help="Fewer samples, under two minutes, nothing is written.")] = False,
+    as_json: AsJson = False,
+    results: Results = None,
+    seed: Annotated[int, typer.Option(help="For everything random.")] = 0,
+) -> None:
+    """Measure the claims of methods; a full run keeps every finished claim in results/NAME.json.
+
+    Example: pertoken bench dyspec --quick
+    """
+    from pertoken.bench.catalogue import number
+    from pertoken.bench.runner import run
+    from pertoken.methods import load_methods
+
+    load_methods()
+    with progress() as status:
+        say = console(stderr=True)
+
+        def on_record(record: dict[str, Any]) -> None:
+            outcome = "holds" if record["holds"] else "does not hold"
+            say.print(f"{record['method']}: {record['claim']}: {outcome}", markup=False, highlight=False)
+
+        outcome = run(names, quick, on_record, seed=seed, directory=results, status=status)
+    if as_json:
+        print_json(outcome.records)
+    else:
+        rows = table("method", "claim", "metric", "value", "baseline", "ratio", "expected", "outcome")
+        for record in outcome.records:
+            baseline = f"{number(record['baseline_value'])} {record['baseline']}"
+            error = record.get("detail", {}).get("error")
+            verdict = "[green]holds[/]" if record["holds"] else "[red]does not hold[/]"
+            cells = [number(record["value"]), baseline, number(record["ratio"]), record["expected"]]
+            claim = record["claim"] + (f"\n{error}" if error else "")
+            rows.add_row(record["method"], claim.replace("[", "\\["), record["metric"], *cells, verdict)
+        console().print(rows)
+    kept = ", ".join(map(str, outcome.saved)) or "nothing"
+    if outcome.interrupted:
+        complain(f"stopped; {len(outcome.records)} finished claim(s), kept in: {kept}")
+    elif outcome.saved:
+        print(f"kept in {kept}", file=sys.stderr)
+    raise typer.Exit(0 if outcome.fine else 1)
+
+
+@app.command()
+def run(
+    names: Annotated[list[str], typer.Argument(metavar="NAME[+NAME...]", help="Methods, beside the dense model.")],
+    model: Annotated[str, typer.Option(help="Directory, hub id, or zoo:NAME.")],
+    draft: Annotated[str | None, typer.Option(help="Draft model, for methods that need one.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text to go on from.")] = None,
+    input_file: Annotated[
+        Path | None, typer.Option("--input", help='A prompt per line, or .jsonl with "prompt" in each object.')
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate per prompt.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float | None, typer.Option(help="Sample from this share of the probability.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from this many tokens.")] = None,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16, or auto (as stored).")] = "auto",
+    baseline: Annotated[str, typer.Option(help="What speed is relative to; generate for transformers' own.")] = "full",
+    seed: Annotated[int, typer.Option(help="For sampling.")] = 0,
+    batch: Annotated[int, typer.Option(help="Prompts generated together.")] = 8,
+    as_json: AsJson = False,
+    html: Html = None,
+    trace: Annotated[Path | None, typer.Option(help="Save what every token got; read it with `trace`.")] = None,
+) -> None:
+    """Run methods beside the dense model on your own input: output, speed, steps, operations, memory, agreement.
+
+    NAME+NAME attaches both at once; several names are set side by side.
+
+    Example: pertoken run dyspec --model zoo:code-target --prompt "def parse(text):" --html report.html
+    """
+    if (prompt is None) == (input_file is None):
+        raise ValueError('give one of --prompt "TEXT" and --input FILE')
+    from pertoken.bench.compare import Options, compare, read_prompts
+
+    options = Options(max_new_tokens, temperature, top_p, top_k, dtype, baseline, seed, batch)
+    prompts = [prompt] if prompt is not None else read_prompts(input_file)  # type: ignore[arg-type]
+    with progress() as status:
+        found = compare(names, model, draft, prompts, options, status)
+    if trace is not None:
+        save_traces(found, trace)
+    show(found, as_json, html)
+
+
+@app.command()
+def demo(
+    html: Html = None,
+    as_json: AsJson = False,
+    quick: Annotated[bool, typer.Option(help="Fewer tokens, one pass.")] = False,
+) -> None:
+    """Several methods on the packaged code model and a real prompt; under a minute.
+
+    Example: pertoken demo --html demo.html
+    """
+    from pertoken.bench.demo import demo as demonstrate
+
+    with progress() as status:
+        found = demonstrate(quick, status)
+    show(found, as_json, html)
+
+
+def show(found: Any, as_json: bool, html: Path | None) -> None:
+    """A comparison on stdout and, if asked for, as a report."""
+    if html is not None:
+        from pertoken.view.html import write
+
+        write(found.traces, html)
+        print(f"report: {html}", file=sys.stderr)
+    if as_json:
+        print_json(found.to_json())
+        return
+    from pertoken.view.terminal import runs_table, text_view
+
+    out = console()
+    data = found.to_json()
+    for one in found.traces[-1:]:
+        out.print(text_view(one))
+    out.print(runs_table(data["runs"]))
+
+
+def save_traces(found: Any, path: Path) -> None:
+    """One file per method that records; with several the method's name goes into each file's."""
+    wanted = [one for one in found.traces if one.about["method"] not in ("generate", found.options.baseline)]
+    wanted = wanted or found.traces
+    if not wanted:
+        raise ValueError(f"none of the methods records decisions, so there is nothing to save in {path}")
+    for one in wanted:
+        own = path if len(wanted) == 1 else path.with_name(f"{path.stem}.{one.about['method']}{path.suffix}")
+        one.save(own)
+        print(f"trace: {own}", file=sys.stderr)
+
+
+@app.command()
+def trace(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What `run --trace FILE` wrote.")],
+    html: Html = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show a recorded trace: what each token got, step by step.
+
+    Example: pertoken trace trace.safetensors --html report.html
+    """
+    from pertoken.core.trace import Trace
+
+    loaded = Trace.load(file)
+    if html is not None:
+        from pertoken.view.html import write
+
+        write([loaded], html)
+        print(f"report: {html}", file=sys.stderr)
+    if as_json:
+        steps = [
+            {
+                "site": step.site,
+                "kind": step.decision.kind,
+                "rows": list(step.rows),
+                "note": step.note,
+                "spent": step.decision.spent().tolist(),
+            }
+            for step in loaded.steps
+        ]
+        print_json({"about": loaded.about, "steps": steps})
+        return
+    from pertoken.view.terminal import runs_table, steps_chart, text_view
+
+    out = console()
+    out.print(text_view(loaded))
+    out.print(steps_chart(loaded))
+    if runs := loaded.about.get("runs"):
+        out.print(runs_table(runs))
+
+
+@zoo_app.command("list")
+def zoo_list(as_json: AsJson = False) -> None:
+    """List the zoo's models and whether their weights are here.
+
+    Example: pertoken zoo list
+    """
+    from pertoken.bench.catalogue import zoo_entries
+
+    found = zoo_entries()
+    if as_json:
+        print_json(found)
+        return
+    rows = table("model", "layers", "width", "vocabulary", "steps", "teacher", "weights")
+    for one in found:
+        size = f"{one['bytes'] / 1e6:.1f} MB" if one["bytes"] else "not here; train it"
+        cells = [str(one[key]) for key in ("layers", "width", "vocabulary", "steps")]
+        rows.add_row(one["name"], *cells, one["teacher"] or "-", size)
+    console().print(rows)
+
+
+@zoo_app.command("train")
+def zoo_train(
+    name: Annotated[str, typer.Argument(help="A name from `pertoken zoo list`.")],
+    out: Annotated[Path, typer.Option(help="Directory of the run; a run found there goes on.")],
+    steps: Annotated[int | None, typer.Option(help="Stop after this many steps in all.")] = None,
+    compile_model: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the training step.")] = True,
+) -> None:
+    """Train a zoo model again from its recipe; Ctrl-C saves, the same command goes on.
+
+    Example: pertoken zoo train code-draft --out runs
+    """
+    import dataclasses
+
+    from pertoken.bench.catalogue import recipe
+    from pertoken.bench.curve import write_curve
+    from pertoken.zoo.train import Run
+
+    wanted = recipe(name)
+    if steps is not None:
+        if steps < 1:
+            raise ValueError(f"steps={steps} is too few; give at least 1")
+        wanted = dataclasses.replace(wanted, steps=steps)
+    training = Run(name, out / name, wanted, compile_model)
+    resumed = training.resume()
+    print(f"going on from step {training.step}" if resumed else f"starting {name}", file=sys.stderr)
+    try:
+        training.train()
+    finally:
+        for path in write_curve(training.curve, out / name):
+            print(f"curve: {path}", file=sys.stderr)
+    print(f"model: {training.export()}", file=sys.stderr)
+
+
+def main() -> None:
+    """The `pertoken` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Paper-free and model-free building blocks: budgets, decisions, policies, attachment, traces, costs, cards, signals."""

@@ -1,0 +1,192 @@
+"""Attach a policy to a model, and undo it exactly. This is the only code that changes a model.
+
+A mechanism changes a model through two tools, each of which knows how to take its change back: `wrap` (an instance-level
+`forward` around a module's own) and `set_attribute`. A fingerprint of the model taken before and after proves the undo.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from pertoken.core.decision import Decision
+from pertoken.core.policy import Policy, View
+from pertoken.core.trace import Player, Trace
+
+_ACTIVE: weakref.WeakKeyDictionary[nn.Module, list[Attachment]] = weakref.WeakKeyDictionary()
+_HOOKS = tuple(
+    name
+    for name in vars(nn.Module())
+    if name.endswith("_hooks") or name.endswith("_hooks_with_kwargs") or name.endswith("_hooks_always_called")
+)
+_ABSENT = object()
+
+
+def active(model: nn.Module) -> tuple[Attachment, ...]:
+    """Attachments now on the model, innermost (first attached) first."""
+    return tuple(_ACTIVE.get(model, ()))
+
+
+def fingerprint(model: nn.Module, deep: bool = False) -> dict[str, str]:
+    """What could have been changed, by name: classes, attributes, hooks, config, attention table, weights.
+
+    Weights are identified by storage, version and shape; with `deep` by their bytes (slow for a large model).
+    """
+    prints = {}
+    for name, module in model.named_modules():
+        own = {k: id(v) for k, v in vars(module).items() if k not in _HOOKS and not k.startswith("_")}
+        hooks = {k: [(key, id(hook)) for key, hook in vars(module).get(k, {}).items()] for k in _HOOKS}
+        prints[f"module {name or '(model)'}"] = repr((type(module), id(type(module).forward), own, hooks))
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        where = (tensor.data_ptr(), tensor._version, tuple(tensor.shape), tensor.dtype, tensor.device)
+        data = tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes() if deep else b""
+        prints[f"weight {name}"] = repr(where) + (hashlib.sha256(data).hexdigest() if deep else "")
+    config = getattr(model, "config", None)
+    if config is not None:
+        prints["config"] = json.dumps(config.to_dict(), sort_keys=True, default=str)
+        prints["config attributes"] = repr(sorted((k, repr(v)) for k, v in vars(config).items()))
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        prints["generation config"] = json.dumps(generation.to_dict(), sort_keys=True, default=str)
+    tables = sys.modules.get("transformers.modeling_utils")
+    if tables is not None:
+        table = tables.ALL_ATTENTION_FUNCTIONS
+        prints["attention table"] = repr(sorted((k, id(table[k])) for k in table.valid_keys()))
+    return prints
+
+
+def changed(before: dict[str, str], after: dict[str, str]) -> list[str]:
+    """Names whose fingerprint differs, appeared or vanished."""
+    return sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
+
+
+class UndoError(RuntimeError):
+    """After an attachment ended the model was not what it had been."""
+
+
+class Attachment:
+    """One policy on one model: its tools, its per-request state, and its trace.
+
+    state: whatever the mechanism keeps for the request that runs now; `reset()` starts a new request.
+    """
+
+    def __init__(self, model: nn.Module, policy: Policy, trace: Trace | None = None, replay: Trace | None = None):
+        self.model, self.policy, self.trace = model, policy, trace
+        self.enabled = True
+        self.state: dict[str, Any] = {}
+        self._player: Player | None = replay.player() if replay is not None else None
+        self._undo: list[Callable[[], None]] = []
+        self._observers: list[Callable[[View], None]] = []
+
+    def wrap(self, module: nn.Module, around: Callable[..., Any]) -> None:
+        """Run `around(forward, *args, **kwargs)` in place of `module.forward` while attached and enabled."""
+        inner = module.forward
+
+        @functools.wraps(inner)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return around(inner, *args, **kwargs) if self.enabled else inner(*args, **kwargs)
+
+        self.set_attribute(module, "forward", forward)
+
+    def set_attribute(self, owner: Any, name: str, value: Any) -> None:
+        """Set an attribute, remembering whether the owner had one of its own."""
+        own = vars(owner)
+        before = own.get(name, _ABSENT)
+
+        def undo() -> None:
+            own.pop(name, None) if before is _ABSENT else own.__setitem__(name, before)
+
+        own[name] = value
+        self._undo.append(undo)
+
+    def on_forward(self, observer: Callable[[View], None]) -> None:
+        """Call `observer` with the view of each forward before its first layer runs."""
+        self._observers.append(observer)
+
+    def begin(self, view: View) -> None:
+        """Announce a forward; called by whatever runs the model."""
+        if self.enabled:
+            for observer in self._observers:
+                observer(view)
+
+    def decide(self, site: str, view: View) -> Decision:
+        """The policy's decision at this site: replayed if replaying, recorded if recording."""
+        if self._player is not None:
+            device = view.valid.device
+            step = self._player.take(site, Decision)
+            decision = type(step.decision)(**{k: v.to(device) for k, v in step.decision.tensors().items()})
+        else:
+            decision = self.policy.decide(view)
+        if self.trace is not None:
+            self.trace.record(site, decision)
+        return decision
+
+    def reset(self) -> None:
+        """Forget the state of the last request."""
+        self.state.clear()
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The model as it was before, for the length of the block, without taking anything off."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    def undo(self) -> None:
+        """Take every change back, last first."""
+        while self._undo:
+            self._undo.pop()()
+
+
+def check_pair(policies: list[Policy]) -> None:
+    """Raise `ValueError` if two policies write the same thing."""
+    for i, policy in enumerate(policies):
+        for other in policies[:i]:
+            if both := policy.writes & other.writes:
+                raise ValueError(
+                    f"{type(other).__name__} and {type(policy).__name__} both decide {', '.join(sorted(both))}; "
+                    "attach one of them, or make one policy that decides it"
+                )
+
+
+@contextmanager
+def attach(
+    model: nn.Module, policy: Policy, *, trace: Trace | None = None, replay: Trace | None = None
+) -> Iterator[Attachment]:
+    """Attach `policy` to `model` for the length of the block; attachments nest.
+
+    trace: record every decision into it; replay: serve the decisions of this trace and do not ask the policy.
+    Raises `ValueError` for a policy that conflicts with one already attached, `UndoError` if the model did not come back
+    as it was.
+    """
+    if not isinstance(policy, Policy):
+        raise TypeError(f"attach needs a policy, got {type(policy).__name__}; decoders go to generate(custom_generate=...)")
+    check_pair([a.policy for a in active(model)] + [policy])
+    before = fingerprint(model)
+    attachment = Attachment(model, policy, trace, replay)
+    stack = _ACTIVE.setdefault(model, [])
+    stack.append(attachment)
+    try:
+        policy.install(model, attachment)
+        yield attachment
+    finally:
+        if stack and stack[-1] is not attachment:
+            inner = type(stack[-1].policy).__name__
+            raise UndoError(f"{type(policy).__name__} ended before {inner}, which was attached after it; end that first")
+        attachment.undo()
+        stack.pop()
+        if not stack:
+            _ACTIVE.pop(model, None)
+        if left := changed(before, fingerprint(model)):
+            raise UndoError(f"{type(policy).__name__} left {len(left)} change(s) on the model: {', '.join(left[:3])}")

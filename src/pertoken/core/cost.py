@@ -1,0 +1,93 @@
+"""Cost: what a piece of work really spent, in floating-point operations, bytes and seconds.
+
+Operations come from torch's own counter, which sees every matrix product that runs, attention included. Bytes are those
+of weights, counted once per forward (a decoding step reads each weight once), and peak memory where the system reports it.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass
+class Cost:
+    """seconds: wall clock; flops: multiplications and additions (2 per multiply-add), 0 if not counted."""
+
+    seconds: float = 0.0
+    flops: int = 0
+    peak_bytes: int = 0
+
+
+def synchronize(device: torch.device | str = "cpu") -> None:
+    """Wait for queued work, so that a clock read next is true."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device: torch.device | str = "cpu") -> int:
+    """Bytes: the most this process ever held (CPU), or that torch ever allocated (GPU)."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+@contextmanager
+def timed(device: torch.device | str = "cpu") -> Iterator[Cost]:
+    """Clock a block; read `.seconds` and `.peak_bytes` after it."""
+    cost = Cost()
+    synchronize(device)
+    start = time.perf_counter()
+    try:
+        yield cost
+    finally:
+        synchronize(device)
+        cost.seconds = time.perf_counter() - start
+        cost.peak_bytes = peak_memory(device)
+
+
+def count_flops(work: Callable[[], object]) -> int:
+    """Floating-point operations that one call of `work` performs. Slow: never time the same call."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def weight_bytes(module: torch.nn.Module) -> int:
+    """Bytes of all distinct parameters."""
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def median_seconds(work: Callable[[], object], repeats: int = 5, warmup: int = 1, device: str = "cpu") -> float:
+    """Median wall clock of one call."""
+    for _ in range(warmup):
+        work()
+    seconds = []
+    for _ in range(repeats):
+        with timed(device) as cost:
+            work()
+        seconds.append(cost.seconds)
+    return statistics.median(seconds)
+
+
+def interleaved(works: dict[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of each contender, run in turn (A B C A B C ...) so that drift of the machine hits all alike."""
+    for _ in range(warmup):
+        for work in works.values():
+            work()
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(repeats):
+        for name, work in works.items():
+            with timed() as cost:
+                work()
+            seconds[name].append(cost.seconds)
+    return seconds

@@ -1,0 +1,157 @@
+"""Decisions: what each token gets, as frozen tensors on a token axis with a mask of the real tokens.
+
+Every family of methods decides in one of these six forms, so that decisions can be recorded, replayed, compared, priced
+and drawn without knowing which method made them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Base of the six forms. `valid` `[batch, token]` is False on padding, which no law counts."""
+
+    valid: Tensor
+    kind: ClassVar[str] = "decision"
+
+    def __post_init__(self) -> None:
+        if self.valid.dtype != torch.bool or self.valid.ndim != 2:
+            raise ValueError(
+                f"{self.kind}: valid must be a bool tensor [batch, token], got {self.valid.dtype} {list(self.valid.shape)}"
+            )
+        for name, tensor in self.tensors().items():
+            if name != "valid" and tensor.shape[:1] != self.valid.shape[:1]:
+                raise ValueError(
+                    f"{self.kind}.{name} has batch {tensor.shape[0]}, valid has {self.valid.shape[0]}: give both one row "
+                    "per sequence"
+                )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by field name: what a trace stores."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def rows(self, index: Tensor) -> Decision:
+        """The decision of the given batch rows."""
+        return type(self)(**{name: tensor[index] for name, tensor in self.tensors().items()})
+
+    def spent(self) -> Tensor:
+        """`[batch]` units spent per sequence, padding not counted."""
+        raise TypeError(f"{self.kind} has no count of its own")
+
+
+def _on_token_axis(decision: Decision, name: str, dtype_kind: str) -> None:
+    tensor: Tensor = getattr(decision, name)
+    if tensor.shape != decision.valid.shape:
+        raise ValueError(f"{decision.kind}.{name} is {list(tensor.shape)}; valid is {list(decision.valid.shape)}")
+    kind = "bool" if tensor.dtype == torch.bool else "float" if tensor.is_floating_point() else "int"
+    if kind != dtype_kind:
+        raise ValueError(f"{decision.kind}.{name} is {tensor.dtype}; it must be {dtype_kind}")
+
+
+@dataclass(frozen=True)
+class Keep(Decision):
+    """Which tokens stay. keep `[batch, token]` bool."""
+
+    keep: Tensor
+    kind: ClassVar[str] = "keep"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _on_token_axis(self, "keep", "bool")
+
+    def spent(self) -> Tensor:
+        return (self.keep & self.valid).sum(-1)
+
+
+@dataclass(frozen=True)
+class Assign(Decision):
+    """Which group each token merges into. group `[batch, token]` int, -1 where the token leaves."""
+
+    group: Tensor
+    kind: ClassVar[str] = "assign"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _on_token_axis(self, "group", "int")
+
+    def spent(self) -> Tensor:
+        groups = torch.where(self.valid, self.group, -1)
+        return torch.tensor([row[row >= 0].unique().numel() for row in groups], device=groups.device)
+
+
+@dataclass(frozen=True)
+class Depth(Decision):
+    """Which layers each token runs. layers `[batch, token, layer]` bool."""
+
+    layers: Tensor
+    kind: ClassVar[str] = "depth"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layers.dtype != torch.bool or self.layers.shape[:2] != self.valid.shape or self.layers.ndim != 3:
+            raise ValueError(
+                f"depth.layers must be bool [batch, token, layer] over valid {list(self.valid.shape)}, got "
+                f"{self.layers.dtype} {list(self.layers.shape)}"
+            )
+
+    def spent(self) -> Tensor:
+        return (self.layers & self.valid[..., None]).sum((-1, -2))
+
+
+@dataclass(frozen=True)
+class Weight(Decision):
+    """How much each token counts in an objective. weight `[batch, token]` float."""
+
+    weight: Tensor
+    kind: ClassVar[str] = "weight"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _on_token_axis(self, "weight", "float")
+
+    def spent(self) -> Tensor:
+        return self.weight.masked_fill(~self.valid, 0).sum(-1)
+
+
+@dataclass(frozen=True)
+class Allow(Decision):
+    """Which keys each query reads. allow `[batch, query, key]` bool; valid is on the query axis."""
+
+    allow: Tensor
+    kind: ClassVar[str] = "allow"
+
+    def spent(self) -> Tensor:
+        return (self.allow & self.valid[..., None]).sum((-1, -2))
+
+
+@dataclass(frozen=True)
+class Commit(Decision):
+    """One step of a decoder: the guesses of each row and what became of them.
+
+    Guessed nodes lie on the token axis: tokens and parents `[batch, node]` (parent -1 is the last committed token), value
+    `[batch, node]` float, the expected contribution when the node was drawn, source `[batch, node]` int, which drafter
+    guessed it (`SOURCES`); accepted `[batch, node]` bool marks the path that was kept. Tokens committed in this step,
+    path and correction together: committed `[batch, slot]`, count `[batch]`.
+    """
+
+    tokens: Tensor
+    parents: Tensor
+    value: Tensor
+    source: Tensor
+    accepted: Tensor
+    committed: Tensor
+    count: Tensor
+    kind: ClassVar[str] = "commit"
+
+    def spent(self) -> Tensor:
+        return self.valid.sum(-1)
+
+
+SOURCES = ("model", "ngram", "exit")
+KINDS: dict[str, type[Decision]] = {c.kind: c for c in (Keep, Assign, Depth, Weight, Allow, Commit)}

@@ -1,0 +1,1 @@
+"""How is the next token chosen, how far is guessed ahead, what may it be?"""

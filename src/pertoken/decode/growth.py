@@ -1,0 +1,300 @@
+"""Growing trees: one best-first loop over all rows; a shape says which place comes next and where to stop.
+
+A *place* is a spot below a node (or the root) where one more guess could be drawn. It has a value: the estimated
+probability that verification gets there. Best-first growth takes the place of highest priority, draws the next token of
+its distribution, and opens two places: the next sibling and the first child. A place below a node that no drafter has
+read yet is *unread*: its value is known before its distribution, so the model runs only for places that are taken, and
+for several of them in one forward. Whether to draw is decided from values alone, never from the token that would come:
+every drawn token stays (what keeps rejection sampling exact).
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pertoken.decode.drafter import ModelDrafter, Place
+from pertoken.decode.ngram import NGramIndex, Trust
+from pertoken.decode.request import Row
+from pertoken.decode.tree import ROOT, Tree
+from pertoken.models.timing import StepTime
+
+SIBLINGS = 32  # draws prepared per node; a node never gets more children
+HOPE = 0.8  # tokens expected per reached place before its distribution is known, for the economy only
+MODEL, NGRAM = 0, 1
+
+
+class Shape(ABC):
+    """Which place a tree takes next. Frozen; shared by all rows."""
+
+    size: int
+
+    @abstractmethod
+    def priority(self, reach: float, chance: float, depth: int, rank: int) -> float | None:
+        """Priority of drawing the `rank`-th child at `depth`, None to refuse it.
+
+        reach: estimated probability that verification gets to this place; chance: the draw's own probability if it may be
+        used (greedy decoding, where the children need not be samples), else 1.
+        """
+
+    def together(self, priority: float) -> float:
+        """Unread places with at least this priority are read in the same forward as the best one."""
+        return priority
+
+
+@dataclass(frozen=True)
+class Economy:
+    """When growing pays: a node or a draft forward is worth it while it adds tokens faster than the step makes them now.
+
+    verify and draft give seconds by tokens per row; overhead is the rest of a step, in seconds.
+    """
+
+    verify: StepTime
+    draft: StepTime | None
+    overhead: float = 3e-4
+
+    def node_cost(self, size: int, rows: int) -> float:
+        """Seconds per row that one more node costs."""
+        return self.verify.slope(size + 1) / rows
+
+    def step(self, size: int) -> float:
+        """Seconds of a step that verifies trees of `size` nodes, drafting apart."""
+        return self.verify(size + 1) + self.overhead
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Children of one node in the order they would be drawn: tokens and the probability of each (not renormalised)."""
+
+    tokens: list[int]
+    chances: list[float]
+
+
+def draw(logits: Tensor, temperature: float, sample: bool, count: int, taken: Sequence[int]) -> tuple[list[Draws], Tensor]:
+    """The first `count` children of each distribution `[place, vocabulary]`, and the distributions as float32.
+
+    Sampling without replacement by perturbing log-probabilities with Gumbel noise: sorting them gives the same law as
+    drawing one by one from the renormalised rest. `taken[place]` is a token that is there already (-1: none).
+    """
+    log_p = (logits.float() / temperature).log_softmax(-1)
+    open_ = log_p
+    if any(t >= 0 for t in taken):
+        open_ = log_p.clone()
+        for place, token in enumerate(taken):
+            if token >= 0:
+                open_[place, token] = -torch.inf
+    count = min(count, open_.shape[-1])
+    if sample:
+        keys = open_ - torch.empty_like(open_).exponential_().log_()
+        tokens = keys.topk(count, -1).indices
+        chances = open_.gather(-1, tokens)
+    else:
+        chances, tokens = open_.topk(count, -1)
+    drawn = []
+    for ids, p in zip(tokens.tolist(), chances.exp().tolist(), strict=True):
+        usable = next((i for i, value in enumerate(p) if value <= 0.0), len(p))
+        drawn.append(Draws(ids[:usable], p[:usable]))
+    return drawn, log_p.exp() if sample else log_p
+
+
+@dataclass(order=True)
+class _Entry:
+    rank_key: float
+    number: int
+    row: int = field(compare=False)
+    parent: int = field(compare=False)
+    reach: float = field(compare=False)
+    rank: int = field(compare=False)  # which child of the node's draws; -1: the node is unread
+    share: float = field(compare=False, default=1.0)  # the draw's probability among what is left at its place
+
+
+@dataclass
+class Grown:
+    """The trees of one step and the distributions that verification needs: `laws[row][node]` `[vocabulary]`."""
+
+    trees: list[Tree]
+    laws: list[dict[int, Tensor]]
+    matches: list[dict[int, int]]
+
+
+class Growth:
+    """Grows the trees of one step over all rows."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        drafter: ModelDrafter | None,
+        *,
+        temperature: float,
+        sample: bool,
+        ngrams: list[NGramIndex] | None = None,
+        trust: Trust | None = None,
+        floor: float = 0.0,
+        economy: Economy | None = None,
+    ):
+        self.shape, self.drafter, self.temperature, self.sample = shape, drafter, temperature, sample
+        self.ngrams, self.trust, self.floor, self.economy = ngrams, trust or Trust(), floor, economy
+
+    def grow(self, rows: Sequence[Row], rooms: Sequence[int]) -> Grown:
+        """Trees for these rows; a row's tree is never deeper than its `rooms` entry."""
+        return _Step(self, rows, rooms).run()
+
+
+class _Step:
+    """The state of one step's growth."""
+
+    def __init__(self, growth: Growth, rows: Sequence[Row], rooms: Sequence[int]):
+        self.rules, self.rows, self.rooms = growth, rows, rooms
+        count = len(rows)
+        self.trees = [Tree() for _ in rows]
+        self.laws: list[dict[int, Tensor]] = [{} for _ in rows]
+        self.matches: list[dict[int, int]] = [{} for _ in rows]
+        self.draws: list[dict[int, Draws]] = [{} for _ in rows]
+        self.taken: list[dict[int, int]] = [{} for _ in rows]
+        self.taken_chance: list[dict[int, float]] = [{} for _ in rows]
+        self.heap: list[_Entry] = []
+        self.numbers = itertools.count()
+        self.gained, self.spent, self.widest = float(count), 0.0, 0
+        self.root_logits: Tensor | None = None
+
+    def run(self) -> Grown:
+        if self.rules.drafter is not None:
+            self.rules.drafter.begin()
+        for row, tokens in enumerate(self.rows):
+            self._open(row, ROOT, 1.0, 0, tokens.tokens)
+        while self.heap:
+            entry = self.heap[0]
+            if entry.rank < 0:
+                self._read(entry)
+            else:
+                self._add(heapq.heappop(self.heap))
+        return Grown(self.trees, self.laws, self.matches)
+
+    def _push(self, row: int, parent: int, reach: float, rank: int) -> None:
+        depth = 1 if parent == ROOT else self.trees[row].depths[parent] + 1
+        if depth > self.rooms[row] or reach < self.rules.floor or reach <= 0.0:
+            return
+        share = 1.0
+        if rank >= 0:
+            draws = self.draws[row][parent]
+            if rank >= len(draws.tokens):
+                return
+            left = 1.0 - sum(draws.chances[:rank]) - self.taken_chance[row].get(parent, 0.0)
+            share = min(draws.chances[rank] / max(left, 1e-9), 1.0)
+        chance = 1.0 if self.rules.sample else share
+        priority = self.rules.shape.priority(reach, chance, depth, max(rank, 0))
+        if priority is not None:
+            heapq.heappush(self.heap, _Entry(-priority, next(self.numbers), row, parent, reach, rank, share))
+
+    def _open(self, row: int, node: int, reach: float, depth: int, suffix: list[int]) -> None:
+        """Open the places below a new node (or the root), an n-gram guess first if there is one to trust."""
+        tree, rules = self.trees[row], self.rules
+        if rules.ngrams is not None and depth < self.rooms[row] and len(tree) < rules.shape.size:
+            index = rules.ngrams[row]
+            guess = index.guess(tuple(suffix[-index.longest :]))
+            if guess is not None:
+                token, length = guess
+                rate = rules.trust.rate(length)
+                if reach * rate >= rules.floor and self._pays(row, reach * rate):
+                    child = tree.add(token, node, reach * rate, NGRAM, sure=True)
+                    self._count(row, reach * rate)
+                    self.matches[row][child] = length
+                    self.taken[row][node] = token
+                    self._open(row, child, reach * rate, depth + 1, [*suffix[-index.longest :], token])
+                    reach *= 1.0 - rate
+        if rules.drafter is not None:
+            self._push(row, node, reach, -1)
+
+    def _count(self, row: int, value: float) -> None:
+        self.gained += value
+        self.widest = max(self.widest, len(self.trees[row]))
+
+    def _pays(self, row: int, value: float) -> bool:
+        """Whether one more node on this row is expected to add tokens faster than the step makes them as it stands."""
+        economy = self.rules.economy
+        if economy is None or len(self.trees[row]) < self.widest:
+            return True
+        rate = self.gained / (economy.step(self.widest) + self.spent)
+        return value > rate * economy.node_cost(self.widest, len(self.rows))
+
+    def _add(self, entry: _Entry) -> None:
+        """Draw the entry's token, open its sibling and its children."""
+        row, tree = entry.row, self.trees[entry.row]
+        if len(tree) >= self.rules.shape.size:
+            return
+        value = entry.reach * entry.share
+        if not self._pays(row, entry.reach * HOPE if self.rules.sample else value):
+            return
+        token = self.draws[row][entry.parent].tokens[entry.rank]
+        node = tree.add(token, entry.parent, value, MODEL)
+        self._count(row, value)
+        self._push(row, entry.parent, entry.reach - value, entry.rank + 1)
+        self._open(row, node, value, tree.depths[node], self._suffix(row, node))
+
+    def _suffix(self, row: int, node: int) -> list[int]:
+        if self.rules.ngrams is None:
+            return []
+        tree = self.trees[row]
+        path = [tree.tokens[n] for n in tree.path(node)]
+        longest = self.rules.ngrams[row].longest
+        return [*self.rows[row].tokens[-longest:], *path][-longest:]
+
+    def _read(self, best: _Entry) -> None:
+        """Read the best unread place, with the others that are nearly as good, in one forward."""
+        rules, size = self.rules, self.rules.shape.size
+        bar = -rules.shape.together(-best.rank_key)
+        batch = [e for e in self.heap if e.rank < 0 and e.rank_key <= bar and len(self.trees[e.row]) < size]
+        chosen: list[_Entry] = []
+        for entry in sorted(batch):
+            if sum(e.row == entry.row for e in chosen) < size - len(self.trees[entry.row]):
+                chosen.append(entry)
+        numbers = {e.number for e in chosen} | {best.number}
+        self.heap = [e for e in self.heap if e.number not in numbers]
+        heapq.heapify(self.heap)
+        if not chosen or not self._reading_pays(chosen):
+            return
+        places = [(e.row, e.parent) for e in chosen]
+        taken = [self.taken[row].get(node, -1) for row, node in places]
+        drawn, laws = draw(self._logits(places), rules.temperature, rules.sample, min(size, SIBLINGS), taken)
+        for index, (entry, draws) in enumerate(zip(chosen, drawn, strict=True)):
+            self.draws[entry.row][entry.parent] = draws
+            if rules.sample:
+                self.laws[entry.row][entry.parent] = laws[index]
+            if taken[index] >= 0:
+                chance = float(laws[index, taken[index]])
+                self.taken_chance[entry.row][entry.parent] = chance if rules.sample else math.exp(chance)
+            self._push(entry.row, entry.parent, entry.reach, 0)
+
+    def _logits(self, places: list[Place]) -> Tensor:
+        """Logits after these places; the roots of all rows are read in one forward, once a step."""
+        drafter = self.rules.drafter
+        assert drafter is not None
+        if self.root_logits is None:
+            self.root_logits = drafter.roots(self.rows)
+        deeper = [p for p in places if p[1] != ROOT]
+        if not deeper:
+            return self.root_logits[[row for row, _ in places]]
+        logits = drafter.expand(self.rows, self.trees, deeper)
+        if len(deeper) == len(places):
+            return logits
+        order = iter(logits)
+        return torch.stack([self.root_logits[row] if node == ROOT else next(order) for row, node in places])
+
+    def _reading_pays(self, entries: list[_Entry]) -> bool:
+        economy = self.rules.economy
+        if economy is None or economy.draft is None:
+            return True
+        width = max(sum(e.row == row for e in entries) for row in {e.row for e in entries})
+        seconds = economy.draft(width) + economy.node_cost(self.widest, len(self.rows)) * len(entries)
+        rate = self.gained / (economy.step(self.widest) + self.spent)
+        if sum(e.reach for e in entries) * HOPE <= rate * seconds:
+            return False
+        self.spent += economy.draft(width)
+        return True

@@ -1,0 +1,1 @@
+"""How much computation does a token get?"""

@@ -1,0 +1,130 @@
+"""Key/value cache for ragged rows and token trees: one buffer for all layers, written in place, compacted in one move.
+
+Columns `0..base` hold committed tokens (with `valid` False where a row has padding or a hole); columns from `base` on are
+provisional: they hold the nodes of a tree until `commit` keeps the accepted path of each row. Positions are stored per
+column, so that a hole costs nothing but memory; `commit` closes holes when they pass a quarter of the columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pertoken.models.adapter import Adapter
+
+GROWTH = 1.5
+
+
+class TreeCache:
+    """buffer `[layer, 2, row, kv_head, column, head_dim]`; valid and positions `[row, column]`."""
+
+    is_compileable = False
+
+    def __init__(self, adapter: Adapter, rows: int, capacity: int = 256):
+        shape = (adapter.depth, 2, rows, adapter.kv_heads, capacity, adapter.head_dim)
+        self.buffer = torch.zeros(shape, dtype=adapter.dtype, device=adapter.device)
+        self.valid = torch.zeros(rows, capacity, dtype=torch.bool, device=adapter.device)
+        self.positions = torch.zeros(rows, capacity, dtype=torch.long, device=adapter.device)
+        self.base = 0
+        self.columns = slice(0, 0)
+        self.dense = True
+
+    @property
+    def rows(self) -> int:
+        return self.buffer.shape[2]
+
+    @property
+    def capacity(self) -> int:
+        return self.buffer.shape[4]
+
+    def open(self, start: int, positions: Tensor) -> None:
+        """Direct the next writes to the columns from `start` on, one per position of `positions` `[row, token]`."""
+        stop = start + positions.shape[1]
+        if stop > self.capacity:
+            self._grow(stop)
+        self.columns = slice(start, stop)
+        self.positions[:, start:stop] = positions
+
+    def _grow(self, needed: int) -> None:
+        extra = max(int(GROWTH * self.capacity), needed) - self.capacity
+        pad = torch.nn.functional.pad
+        self.buffer = pad(self.buffer, (0, 0, 0, extra))
+        self.valid, self.positions = pad(self.valid, (0, extra)), pad(self.positions, (0, extra))
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """transformers' cache protocol: write into the open columns, return everything up to them."""
+        layer = self.buffer[layer_idx]
+        layer[0, :, :, self.columns] = keys
+        layer[1, :, :, self.columns] = values
+        return layer[0, :, :, : self.columns.stop], layer[1, :, :, : self.columns.stop]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.columns.start
+
+    def mask(self, allow: Tensor | None, window: int | None = None) -> Tensor | None:
+        """Additive mask `[row, 1, query, column]` for queries in the open columns, None if every query sees everything.
+
+        allow `[row, query, provisional column]` bool says which columns from `base` on each query sees (itself included);
+        None stands for a chain of one query. All valid committed columns are seen; `window` limits by position.
+        """
+        stop, queries = self.columns.stop, self.columns.stop - self.columns.start
+        if self.dense and allow is None and window is None:
+            return None
+        if allow is None:
+            allow = self.valid.new_ones(self.rows, queries, stop - self.base)
+        seen = torch.cat([self.valid[:, None, : self.base].expand(-1, queries, -1), allow], -1)
+        if window is not None:
+            distance = self.positions[:, self.columns, None] - self.positions[:, None, :stop]
+            seen = seen & (distance < window)
+        dtype = self.buffer.dtype
+        mask = torch.full_like(seen, torch.finfo(dtype).min, dtype=dtype).masked_fill_(seen, 0)
+        return mask[:, None]
+
+    def commit(self, kept: Tensor, counts: Tensor, longest: int) -> None:
+        """Keep, of the provisional columns, `kept[row, :counts[row]]` (absolute columns, in order); drop the rest.
+
+        kept `[row, slot]` with `longest` slots in use by the longest row. Rows that keep fewer get holes.
+        """
+        base = self.base
+        if longest:
+            ragged = self.rows > 1
+            kept = kept[:, :longest]
+            if not ragged:
+                if int(kept[0, -1]) != base + longest - 1:
+                    self.buffer[:, :, :, :, base : base + longest] = self.buffer.index_select(4, kept[0])
+                    self.positions[:, base : base + longest] = self.positions[:, kept[0]]
+                self.valid[:, base : base + longest] = True
+            else:
+                self._gather(kept, base)
+                slots = torch.arange(longest, device=counts.device)
+                self.valid[:, base : base + longest] = slots < counts[:, None]
+        self.base = base + longest
+        if self.rows > 1:
+            self._close_holes()
+
+    def _gather(self, columns: Tensor, start: int) -> None:
+        index = columns[None, None, :, None, :, None]
+        shape = (*self.buffer.shape[:4], columns.shape[1], self.buffer.shape[5])
+        stop = start + columns.shape[1]
+        self.buffer[:, :, :, :, start:stop] = self.buffer.gather(4, index.expand(shape))
+        self.positions[:, start:stop] = self.positions.gather(1, columns)
+
+    def _close_holes(self) -> None:
+        filled = self.valid[:, : self.base].sum(-1)
+        longest = int(filled.max())
+        self.dense = longest == self.base and bool((filled == longest).all())
+        if self.base - longest <= self.base // 4:
+            return
+        order = self.valid[:, : self.base].int().argsort(dim=-1, descending=True, stable=True)[:, :longest]
+        self._gather(order, 0)
+        self.valid[:, : self.base] = False
+        self.valid[:, :longest] = torch.arange(longest, device=filled.device) < filled[:, None]
+        self.base = longest
+        self.dense = bool((filled == longest).all())
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep only these rows, in this order."""
+        self.buffer = self.buffer[:, :, rows]
+        self.valid, self.positions = self.valid[rows], self.positions[rows]
+        if self.base:
+            self._close_holes()

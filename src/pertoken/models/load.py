@@ -1,0 +1,44 @@
+"""Load a model and its tokenizer by zoo name, path or hub id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": "auto"}
+
+
+def resolve(name: str) -> str:
+    """What `from_pretrained` takes: `zoo:NAME` becomes the packaged directory; anything else is a path or hub id."""
+    if name.startswith("zoo:"):
+        from pertoken.zoo import model_path
+
+        return str(model_path(name.removeprefix("zoo:")))
+    return name
+
+
+def load(name: str, dtype: str | torch.dtype = "auto") -> tuple[Any, Any]:
+    """Model (in evaluation mode) and tokenizer. Raises `ValueError` naming what was looked for if there is none.
+
+    dtype: "fp32", "bf16", "fp16", "auto" (as stored), or a torch dtype.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+    path = resolve(name)
+    local = Path(path).is_dir()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES.get(dtype, dtype), local_files_only=local)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local, padding_side="left")
+    except (OSError, ValueError) as error:
+        where = "this directory has no usable model" if local else "no such directory, and the hub did not give it"
+        raise ValueError(
+            f"cannot load model {name!r}: {where}. Give a directory written by save_pretrained, a hub id, or zoo:NAME "
+            f"(see `pertoken zoo list`). Cause: {str(error).splitlines()[0]}"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.eval(), tokenizer

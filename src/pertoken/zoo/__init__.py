@@ -1,0 +1,16 @@
+"""Small trained models that ship with the package, and the recipes that train them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+WEIGHTS = Path(__file__).with_name("weights")
+
+
+def model_path(name: str) -> Path:
+    """Directory of a zoo model in Hugging Face format, ready for `from_pretrained`."""
+    path = WEIGHTS / name
+    if not (path / "config.json").exists():
+        known = sorted(p.parent.name for p in WEIGHTS.glob("*/config.json"))
+        raise ValueError(f"zoo model {name!r} is unknown; choose one of {', '.join(known) or '(none installed)'}")
+    return path

@@ -1,0 +1,87 @@
+"""One frozen recipe per zoo model: everything that `pertoken zoo train NAME` needs to train it again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import LlamaConfig
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama architecture; `ffn` is the width of the gated feed-forward block."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    vocab: int = 4096
+    positions: int = 512
+
+    def config(self, end_of_text: int) -> LlamaConfig:
+        return LlamaConfig(
+            vocab_size=self.vocab,
+            hidden_size=self.width,
+            intermediate_size=self.ffn,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.width // self.heads,
+            max_position_embeddings=self.positions,
+            tie_word_embeddings=True,
+            rms_norm_eps=1e-5,
+            bos_token_id=end_of_text,
+            eos_token_id=end_of_text,
+            pad_token_id=end_of_text,
+        )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one model is trained.
+
+    `exit_scale` weighs the early-exit losses against the final one and `layer_dropout` is the drop rate of the last
+    layer, growing exponentially from 0 at the first (LayerSkip, arXiv 2404.16710); `teacher` names the zoo model whose
+    distribution the model is distilled from, mixed with the plain loss by `distil`.
+    """
+
+    shape: Shape
+    steps: int
+    batch: int = 8
+    length: int = 512
+    lr: float = 5e-3
+    embedding_lr: float = 3e-3
+    weight_decay: float = 0.05
+    warmup: int = 60
+    decay_fraction: float = 0.4
+    exit_scale: float = 0.0
+    layer_dropout: float = 0.0
+    teacher: str | None = None
+    distil: float = 0.0
+    seed: int = 20261124
+    evaluate_every: int = 250
+    save_every: int = 100
+
+
+@dataclass(frozen=True)
+class Zoo:
+    recipes: dict[str, Recipe] = field(
+        default_factory=lambda: {
+            "code-target": Recipe(
+                Shape(layers=12, width=256, heads=4, kv_heads=2, ffn=704),
+                steps=3000,
+                exit_scale=1.5,
+                layer_dropout=0.1,
+            ),
+            "code-draft": Recipe(
+                Shape(layers=2, width=160, heads=5, kv_heads=5, ffn=432),
+                steps=2000,
+                teacher="code-target",
+                distil=0.9,
+            ),
+        }
+    )
+
+
+RECIPES = Zoo().recipes

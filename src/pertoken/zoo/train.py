@@ -1,0 +1,294 @@
+"""Train a zoo model from its recipe: resumable, with a progress bar and loss curves.
+
+A run lives in one directory: `state.safetensors` (weights and optimizer tensors), `state.json` (step and curve). It is
+written every `save_every` steps and on Ctrl-C, and a later run with the same recipe goes on from there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import nn
+from torch.nn import functional as F
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from pertoken.zoo import corpus
+from pertoken.zoo.recipe import RECIPES, Recipe
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed blocks: training allocates the same large tensors each step, and handing them back to the
+    system costs up to half of the step. Does nothing on another C library."""
+    try:
+        libc = ctypes.CDLL(ctypes.util.find_library("c"))
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_TOP_PAD, 2**27)
+    except (OSError, AttributeError, TypeError):
+        return
+
+
+class RunInterrupted(Exception):
+    """Raised after Ctrl-C once the run's state is safely on disk."""
+
+
+def layer_drop_rates(layers: int, last: float) -> list[float]:
+    """LayerSkip's schedule: layer `l` is dropped at rate `last * (2 ** (l / (layers - 1)) - 1)`."""
+    return [last * (2 ** (i / max(layers - 1, 1)) - 1) for i in range(layers)]
+
+
+def rotating_exits(step: int, layers: int) -> list[int]:
+    """The two early exits trained at this step: one of the shallow third in turn, one of the deeper ones in turn.
+
+    LayerSkip rotates over all exits alike; a self-speculating model drafts from its shallow third, so that gets half.
+    """
+    shallow = max((layers - 1) // 3, 1)
+    return [step % shallow, shallow + step % (layers - 1 - shallow)] if layers > 2 else [0]
+
+
+class LayerSkipForward(nn.Module):
+    """Logits of the last layer and of some early exits, under per-sample layer dropout.
+
+    ids `[batch, token]`, keep `[layer, batch]` (1 keeps the layer for that sample) -> hidden states `[exit, batch,
+    token, width]` after the shared final norm, the last layer last. Built on the model's own modules.
+    """
+
+    def __init__(self, model: LlamaForCausalLM):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor, keep: torch.Tensor, exits: torch.Tensor) -> torch.Tensor:
+        inner = self.model.model
+        hidden = inner.embed_tokens(ids)
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        rotary = inner.rotary_emb(hidden, positions)
+        states = []
+        for layer, kept in zip(inner.layers, keep, strict=True):
+            out = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=rotary)
+            hidden = hidden + kept[:, None, None] * (out - hidden)
+            states.append(hidden)
+        chosen = torch.stack(states[:-1]).index_select(0, exits) if len(exits) else hidden.new_zeros(0, *hidden.shape)
+        return inner.norm(torch.cat([chosen, hidden[None]]))
+
+
+def make_tokenizer(directory: Path, vocab: int) -> Tokenizer:
+    """The zoo's tokenizer from `directory`, trained and saved there first if it is not there yet."""
+    path = directory / "tokenizer.json"
+    if not path.exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        corpus.train_tokenizer(list(corpus.split_texts("train").values()), vocab).save(str(path))
+    return Tokenizer.from_file(str(path))
+
+
+def save_pretrained(model: LlamaForCausalLM, tokenizer: Tokenizer, directory: Path, dtype: torch.dtype) -> None:
+    """Write model (in `dtype`) and tokenizer in Hugging Face format."""
+    copy = LlamaForCausalLM(model.config).to(dtype)
+    copy.load_state_dict(model.state_dict())
+    copy.save_pretrained(directory)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=corpus.END_OF_TEXT,
+        eos_token=corpus.END_OF_TEXT,
+        pad_token=corpus.END_OF_TEXT,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+    fast.save_pretrained(directory)
+
+
+def learning_rate(step: int, recipe: Recipe) -> float:
+    """Factor on the peak rates: linear warm-up, flat, then linear decay to 2 % over the last `decay_fraction`."""
+    left = (recipe.steps - step) / max(recipe.decay_fraction * recipe.steps, 1)
+    return min((step + 1) / recipe.warmup, 1.0, max(left, 0.02))
+
+
+class Run:
+    """One training run: model, optimizers, data order and curve; saved and resumed as a whole."""
+
+    def __init__(self, name: str, directory: Path, recipe: Recipe | None = None, compile_model: bool = True):
+        self.name, self.directory = name, directory
+        self.recipe = recipe or RECIPES[name]
+        directory.mkdir(parents=True, exist_ok=True)
+        self.tokenizer = make_tokenizer(directory.parent / "tokenizer", self.recipe.shape.vocab)
+        self.stream = corpus.token_stream(self.tokenizer, list(corpus.split_texts("train").values()))
+        self.heldout = corpus.token_stream(self.tokenizer, list(corpus.split_texts("heldout").values()))
+        torch.manual_seed(self.recipe.seed)
+        self.model = LlamaForCausalLM(self.recipe.shape.config(self.tokenizer.token_to_id(corpus.END_OF_TEXT)))
+        self.model.config._attn_implementation = "sdpa"
+        self.teacher = self._load_teacher()
+        self.forward = torch.compile(LayerSkipForward(self.model)) if compile_model else LayerSkipForward(self.model)
+        self.optimizers = self._optimizers()
+        self.step, self.curve, self.seconds = 0, [], 0.0
+
+    def _load_teacher(self) -> LlamaForCausalLM | None:
+        if self.recipe.teacher is None:
+            return None
+        from pertoken.zoo import model_path
+
+        own = self.directory.parent / self.recipe.teacher / "model"
+        path = own if own.exists() else model_path(self.recipe.teacher)
+        return LlamaForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        matrices = [p for n, p in self.model.named_parameters() if p.ndim == 2 and "embed" not in n]
+        ids = {id(p) for p in matrices}
+        others = [p for p in self.model.parameters() if id(p) not in ids]
+        muon = torch.optim.Muon(
+            matrices, lr=self.recipe.lr, weight_decay=self.recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        adam = torch.optim.AdamW(others, lr=self.recipe.embedding_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+        return [muon, adam]
+
+    def batches(self) -> Iterator[np.ndarray]:
+        """Batches `[batch, length + 1]` from the current step on; the order depends on seed and step only."""
+        per_epoch = (len(self.stream) - 2 * self.recipe.length) // self.recipe.length // self.recipe.batch
+        step = self.step
+        while True:
+            epoch, inside = divmod(step, per_epoch)
+            order = corpus.windows(self.stream, self.recipe.length, epoch, self.recipe.seed)
+            for index in range(inside, per_epoch):
+                yield order[index * self.recipe.batch : (index + 1) * self.recipe.batch]
+                step += 1
+
+    def loss(self, batch: np.ndarray, generator: torch.Generator) -> tuple[torch.Tensor, float]:
+        """Training loss of one batch, and the plain final-layer loss in nats per token."""
+        recipe, layers = self.recipe, self.recipe.shape.layers
+        tokens = torch.from_numpy(batch.astype(np.int64))
+        ids, labels = tokens[:, :-1], tokens[:, 1:].flatten()
+        rates = torch.tensor(layer_drop_rates(layers, recipe.layer_dropout))
+        keep = (torch.rand(layers, len(ids), generator=generator) >= rates[:, None]).float()
+        exits = torch.tensor(rotating_exits(self.step, layers) if recipe.exit_scale else [], dtype=torch.long)
+        hidden = self.forward(ids, keep, exits)
+        losses = [F.cross_entropy(self.model.lm_head(state).flatten(0, 1).float(), labels) for state in hidden[:-1]]
+        logits = self.model.lm_head(hidden[-1]).flatten(0, 1).float()
+        final = F.cross_entropy(logits, labels)
+        total = final
+        if self.teacher is not None:
+            with torch.no_grad():
+                target = self.teacher(ids, use_cache=False).logits.flatten(0, 1).float()
+            kl = F.kl_div(logits.log_softmax(-1), target.log_softmax(-1), reduction="batchmean", log_target=True)
+            total = recipe.distil * kl + (1 - recipe.distil) * final
+        if losses:
+            total = total + recipe.exit_scale * torch.stack(losses).mean()
+        return total, float(final.detach())
+
+    @torch.inference_mode()
+    def evaluate(self, batches: int = 24) -> dict[str, float]:
+        """Held-out loss in nats per token of the last layer and of a shallow exit, over the same windows each time."""
+        recipe, layers = self.recipe, self.recipe.shape.layers
+        order = corpus.windows(self.heldout, recipe.length, 0, 1)[: batches * 4]
+        keep = torch.ones(layers, 4)
+        exits = torch.tensor([i for i in (0, 1, 2) if i < layers - 1])
+        plain, sums = LayerSkipForward(self.model), torch.zeros(len(exits) + 1)
+        count = 0
+        for start in range(0, len(order) - 3, 4):
+            tokens = torch.from_numpy(order[start : start + 4].astype(np.int64))
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                hidden = plain(tokens[:, :-1], keep, exits)
+                for i, state in enumerate(hidden):
+                    logits = self.model.lm_head(state).flatten(0, 1).float()
+                    sums[i] += F.cross_entropy(logits, tokens[:, 1:].flatten())
+            count += 1
+        means = (sums / count).tolist()
+        return {"heldout": means[-1], **{f"exit_{i + 1}": m for i, m in zip(exits.tolist(), means, strict=False)}}
+
+    def save(self) -> None:
+        """Write weights, optimizer tensors, step and curve, so that an interrupted write loses nothing."""
+        tensors = {f"model/{k}": v for k, v in self.model.state_dict().items() if k != "lm_head.weight"}
+        for i, optimizer in enumerate(self.optimizers):
+            for j, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer/{i}/{j}/{k}": v for k, v in state.items() if torch.is_tensor(v)}
+        half = self.directory / "state.tmp"
+        save_file({k: v.contiguous().clone() for k, v in tensors.items()}, half, {"step": str(self.step)})
+        half.replace(self.directory / "state.safetensors")
+        about = {"name": self.name, "recipe": asdict(self.recipe), "step": self.step, "seconds": self.seconds}
+        (self.directory / "state.json").write_text(json.dumps(about | {"curve": self.curve}, indent=1))
+
+    def resume(self) -> bool:
+        """Go on from the saved state if there is one for this recipe; True if it did."""
+        path = self.directory / "state.json"
+        if not path.exists():
+            return False
+        about = json.loads(path.read_text())
+        saved, current = about["recipe"], json.loads(json.dumps(asdict(self.recipe)))
+        if saved | {"steps": 0} != current | {"steps": 0}:
+            changed = sorted(k for k in current if saved.get(k) != current[k])
+            raise ValueError(
+                f"{self.directory} holds a run with another recipe (differs in {', '.join(changed)}); "
+                "give another directory with --out, or delete this one"
+            )
+        tensors = load_file(self.directory / "state.safetensors")
+        weights = {k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")}
+        self.model.load_state_dict(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]})
+        for i, optimizer in enumerate(self.optimizers):
+            state = optimizer.state_dict()
+            state["state"] = {}
+            for key, value in tensors.items():
+                if key.startswith(f"optimizer/{i}/"):
+                    _, _, index, field = key.split("/")
+                    state["state"].setdefault(int(index), {})[field] = value
+            optimizer.load_state_dict(state)
+        self.step, self.curve, self.seconds = about["step"], about["curve"], about["seconds"]
+        return True
+
+    def train(self, console: Console | None = None) -> None:
+        """Train to the recipe's last step; on Ctrl-C save and raise `RunInterrupted`."""
+        recipe = self.recipe
+        keep_freed_memory()
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        started = time.perf_counter() - self.seconds
+        running = math.nan
+        with Progress(*columns, console=console or Console(stderr=True)) as progress:
+            task = progress.add_task(self.name, total=recipe.steps, completed=self.step)
+            batches = self.batches()
+            try:
+                while self.step < recipe.steps:
+                    generator = torch.Generator().manual_seed(recipe.seed + self.step)
+                    for optimizer, peak in zip(self.optimizers, (recipe.lr, recipe.embedding_lr), strict=True):
+                        optimizer.param_groups[0]["lr"] = peak * learning_rate(self.step, recipe)
+                    with torch.autocast("cpu", dtype=torch.bfloat16):
+                        loss, plain = self.loss(next(batches), generator)
+                    loss.backward()
+                    nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+                    for optimizer in self.optimizers:
+                        optimizer.step()
+                        optimizer.zero_grad(set_to_none=True)
+                    self.step += 1
+                    self.seconds = time.perf_counter() - started
+                    running = plain if math.isnan(running) else 0.98 * running + 0.02 * plain
+                    progress.update(task, advance=1, description=f"{self.name} loss {running:.3f}")
+                    if self.step % recipe.evaluate_every == 0 or self.step == recipe.steps:
+                        point = {"step": self.step, "train": running, "seconds": round(self.seconds, 1)}
+                        self.curve.append(point | self.evaluate())
+                        progress.console.print(json.dumps(self.curve[-1]))
+                    if self.step % recipe.save_every == 0 or self.step == recipe.steps:
+                        self.save()
+            except KeyboardInterrupt:
+                self.save()
+                raise RunInterrupted(f"stopped at step {self.step} of {recipe.steps}; run again to go on") from None
+
+    def export(self) -> Path:
+        """Write the trained model in bf16 Hugging Face format; returns its directory."""
+        path = self.directory / "model"
+        save_pretrained(self.model, self.tokenizer, path, torch.bfloat16)
+        return path
+
+    def corpus_hash(self) -> str:
+        """Hash of the training stream: two runs with the same hash saw the same tokens."""
+        return hashlib.sha256(self.stream.tobytes()).hexdigest()[:16]
