@@ -29,6 +29,9 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             complain("stopped")
             raise typer.Exit(1) from None
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read our output has gone
+            raise typer.Exit(1) from None
         except Exception as error:
             code = exit_code(error)
             if code is None or os.environ.get(TRACEBACK):
@@ -83,7 +86,9 @@ def complain(text: str) -> None:
 def print_json(value: Any) -> None:
     import json
 
-    print(json.dumps(value, indent=1, ensure_ascii=False))
+    from pertoken.bench.claims import jsonable
+
+    print(json.dumps(jsonable(value), indent=1, ensure_ascii=False))
 
 
 def console(stderr: bool = False) -> Any:
@@ -100,7 +105,14 @@ def progress() -> Iterator[Callable[[str], None]]:
         yield lambda text: print(text, file=sys.stderr, flush=True)
         return
     with err.status("starting") as status:
-        yield lambda text: status.update(text.replace("[", "\\["))
+        yield lambda text: status.update(escaped(text))
+
+
+def escaped(text: str) -> str:
+    """Text that rich prints as it is."""
+    from rich.markup import escape
+
+    return escape(text)
 
 
 def table(*heads: str, title: str | None = None) -> Any:
@@ -157,20 +169,23 @@ def bench(
 
         def on_record(record: dict[str, Any]) -> None:
             outcome = "holds" if record["holds"] else "does not hold"
-            say.print(f"{record['method']}: {record['claim']}: {outcome}", markup=False, highlight=False)
+            say.print(f"{record['method']}: {record['claim']}: {outcome}", soft_wrap=True, markup=False)
 
         outcome = run(names, quick, on_record, seed=seed, directory=results, status=status)
     if as_json:
         print_json(outcome.records)
     else:
-        rows = table("method", "claim", "metric", "value", "baseline", "ratio", "expected", "outcome")
+        rows = table("claim\n[dim]metric", "value", "baseline", "ratio", "expected", "holds")
+        for column in rows.columns[1:]:
+            column.no_wrap = True
         for record in outcome.records:
-            baseline = f"{number(record['baseline_value'])} {record['baseline']}"
+            baseline = f"{number(record['baseline_value'])}\n[dim]{record['baseline']}"
             error = record.get("detail", {}).get("error")
-            verdict = "[green]holds[/]" if record["holds"] else "[red]does not hold[/]"
+            second = f"[red]{escaped(error)}" if error else f"[dim]{escaped(record['metric'])}"
+            claim = f"{record['method']}: {escaped(record['claim'])}\n{second}"
+            verdict = "[green]yes" if record["holds"] else "[red]no"
             cells = [number(record["value"]), baseline, number(record["ratio"]), record["expected"]]
-            claim = record["claim"] + (f"\n{error}" if error else "")
-            rows.add_row(record["method"], claim.replace("[", "\\["), record["metric"], *cells, verdict)
+            rows.add_row(claim, *cells, verdict)
         console().print(rows)
     kept = ", ".join(map(str, outcome.saved)) or "nothing"
     if outcome.interrupted:

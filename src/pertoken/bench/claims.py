@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from pertoken.core.card import card
 
-FRAMEWORK = ("catalogue", "claims", "compare", "curve", "demo", "docs", "results", "runner")
+FRAMEWORK = ("catalogue", "claims", "compare", "curve", "demo", "docs", "results", "runner", "suite")
 COMPARISONS = ("ratio", "value")
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
@@ -30,7 +30,7 @@ OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
     "==": lambda value, bound: math.isclose(value, bound, rel_tol=1e-9, abs_tol=1e-12),
 }
-_EXPECTED = re.compile(r"\s*(>=|<=|==|>|<)\s*([-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?)\s*")
+_EXPECTED = re.compile(r"\s*(>=|<=|==|>|<)\s*([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)\s*")
 
 T = TypeVar("T")
 

@@ -125,7 +125,7 @@ def load_model(name: str, dtype: str) -> tuple[Any, Any]:
 def make_decoder(name: str, model: Any, draft: Any) -> Any:
     from pertoken.decode import make
 
-    return make(name, model=model, draft=draft)
+    return make(name, draft=draft)
 
 
 def parts_of(name: str) -> list[Card]:

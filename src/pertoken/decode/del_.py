@@ -109,13 +109,14 @@ class DEL(Speculation):
     """Self-speculation through the target's first layers; exit layer and draft length chosen online.
 
     longest: most tokens drafted in a round; omega: decay of the counts per round; calibration: prompt tokens counted before
-    the first round; fixed: (exit, length) of a fixed baseline instead of the controller's choice; bounded: whether the
+    the first round; probe: rounds between two shadow passes (1: every round, as in the paper); fixed: (exit, length) of a fixed baseline instead of the controller's choice; bounded: whether the
     chosen length bounds the draft (False: only the confidence threshold does, as in the release).
     """
 
     longest: int = 18
     omega: float = 0.95
     calibration: int = 32
+    probe: int = 1
     fixed: tuple[int, int] | None = None
     bounded: bool = True
 
@@ -125,6 +126,8 @@ class DEL(Speculation):
             raise BadRequest(f"the model has {layers} layer(s); drafting through its first layers needs at least 2")
         if self.fixed is not None and not (1 <= self.fixed[0] < layers and self.fixed[1] >= 0):
             raise BadRequest(f"fixed={self.fixed}: the exit must be in 1..{layers - 1} and the length at least 0")
+        if self.probe < 1:
+            raise BadRequest(f"probe={self.probe}: a shadow pass comes every so many rounds, at least every 1")
         if self.longest < 1:
             raise BadRequest(f"longest={self.longest} drafts nothing; give at least 1, or use the 'full' decoder")
         return DelSession(self, request, target, Controller(len(request.rows), layers, self.longest, self.omega))
@@ -136,7 +139,7 @@ class DelSession(Session):
     def __init__(self, settings: DEL, request: Request, target: Context, controller: Controller):
         self.settings, self.request, self.target, self.controller = settings, request, target, controller
         self.wants_states = settings.fixed is None
-        self.exit, self.first = 1, True
+        self.exit, self.first, self.rounds = 1, True, 0
 
     def prefilled(self, states: list[Tensor], lengths: list[int]) -> None:
         """Count the last prompt tokens: states `[row, token, width]` of every layer, lengths of the rows within them."""
@@ -217,7 +220,8 @@ class DelSession(Session):
         return (tokens == final).cpu().numpy(), confidence.cpu().numpy()
 
     def observe(self, proposal: Proposal, walks: list[Walk], logits: Tensor, states: list[Tensor]) -> None:
-        if not states:
+        self.rounds += 1
+        if not states or self.settings.fixed is not None or self.rounds % self.settings.probe:
             return
         match, confidence = self._shadow(states, logits.argmax(-1))
         for row, tree in enumerate(proposal.trees):

@@ -77,11 +77,12 @@ class Draws:
     chances: list[float]
 
 
-def draw(logits: Tensor, temperature: float, sample: bool, count: int, taken: Sequence[int]) -> tuple[list[Draws], Tensor]:
-    """The first `count` children of each distribution `[place, vocabulary]`, and the distributions as float32.
+def draw(logits: Tensor, temperature: float, sampler: str, count: int, taken: Sequence[int]) -> tuple[list[Draws], Tensor]:
+    """The first `count` children of each distribution `[place, vocabulary]`, and its log-probabilities in float32.
 
-    Sampling without replacement by perturbing log-probabilities with Gumbel noise: sorting them gives the same law as
-    drawing one by one from the renormalised rest. `taken[place]` is a token that is there already (-1: none).
+    sampler: "top" takes the most likely tokens; "gumbel" samples without replacement, by sorting log-probabilities plus
+    Gumbel noise, which has the law of drawing one by one from the renormalised rest. `taken[place]` is a token that is
+    there already (-1: none).
     """
     log_p = (logits.float() / temperature).log_softmax(-1)
     open_ = log_p
@@ -91,7 +92,7 @@ def draw(logits: Tensor, temperature: float, sample: bool, count: int, taken: Se
             if token >= 0:
                 open_[place, token] = -torch.inf
     count = min(count, open_.shape[-1])
-    if sample:
+    if sampler == "gumbel":
         keys = open_ - torch.empty_like(open_).exponential_().log_()
         tokens = keys.topk(count, -1).indices
         chances = open_.gather(-1, tokens)
@@ -101,7 +102,7 @@ def draw(logits: Tensor, temperature: float, sample: bool, count: int, taken: Se
     for ids, p in zip(tokens.tolist(), chances.exp().tolist(), strict=True):
         usable = next((i for i, value in enumerate(p) if value <= 0.0), len(p))
         drawn.append(Draws(ids[:usable], p[:usable]))
-    return drawn, log_p.exp() if sample else log_p
+    return drawn, log_p
 
 
 @dataclass(order=True)
@@ -140,6 +141,7 @@ class Growth:
         economy: Economy | None = None,
     ):
         self.shape, self.drafter, self.temperature, self.sample = shape, drafter, temperature, sample
+        self.sampler = "gumbel" if sample else "top"
         self.ngrams, self.trust, self.floor, self.economy = ngrams, trust or Trust(), floor, economy
 
     def grow(self, rows: Sequence[Row], rooms: Sequence[int]) -> Grown:
@@ -262,14 +264,13 @@ class _Step:
             return
         places = [(e.row, e.parent) for e in chosen]
         taken = [self.taken[row].get(node, -1) for row, node in places]
-        drawn, laws = draw(self._logits(places), rules.temperature, rules.sample, min(size, SIBLINGS), taken)
+        drawn, laws = draw(self._logits(places), rules.temperature, rules.sampler, min(size, SIBLINGS), taken)
         for index, (entry, draws) in enumerate(zip(chosen, drawn, strict=True)):
             self.draws[entry.row][entry.parent] = draws
             if rules.sample:
-                self.laws[entry.row][entry.parent] = laws[index]
+                self.laws[entry.row][entry.parent] = laws[index].exp()
             if taken[index] >= 0:
-                chance = float(laws[index, taken[index]])
-                self.taken_chance[entry.row][entry.parent] = chance if rules.sample else math.exp(chance)
+                self.taken_chance[entry.row][entry.parent] = math.exp(float(laws[index, taken[index]]))
             self._push(entry.row, entry.parent, entry.reach, 0)
 
     def _logits(self, places: list[Place]) -> Tensor:

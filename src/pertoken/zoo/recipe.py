@@ -70,7 +70,7 @@ class Zoo:
         default_factory=lambda: {
             "code-target": Recipe(
                 Shape(layers=12, width=256, heads=4, kv_heads=2, ffn=704),
-                steps=3000,
+                steps=2600,
                 exit_scale=1.5,
                 layer_dropout=0.1,
             ),

@@ -107,6 +107,7 @@ def save_pretrained(model: LlamaForCausalLM, tokenizer: Tokenizer, directory: Pa
         eos_token=corpus.END_OF_TEXT,
         pad_token=corpus.END_OF_TEXT,
         padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )
     fast.save_pretrained(directory)

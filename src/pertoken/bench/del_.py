@@ -1,0 +1,210 @@
+"""Claims of DEL: exact, as good as the best fixed setting of each domain without knowing it, and faster than generate."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from pertoken.bench import suite
+from pertoken.bench.claims import Bench, Measurement, claim
+from pertoken.decode.del_ import DEL
+from pertoken.decode.full import Full
+
+EXITS = (1, 2, 3, 4, 5)
+LENGTHS = (1, 2, 3, 4, 6)
+
+
+def self_speculation(models: suite.Pair) -> DEL:
+    return DEL()
+
+
+@claim(
+    "del",
+    claim="Greedy ids equal plain generation's on every held-out prompt, one at a time (fp32)",
+    metric="share of prompts with identical ids",
+    expected="== 1",
+    compare="value",
+)
+def identical_alone(bench: Bench) -> Measurement:
+    return suite.identical(bench, self_speculation, 1)
+
+
+@claim(
+    "del",
+    claim="Greedy ids equal plain generation's on every held-out prompt in ragged batches of 8 (fp32)",
+    metric="share of prompts with identical ids",
+    expected="== 1",
+    compare="value",
+)
+def identical_in_batches(bench: Bench) -> Measurement:
+    return suite.identical(bench, self_speculation, 8)
+
+
+@claim(
+    "del",
+    claim="Greedy ids equal plain generation's on random Llama, Qwen3, GPT-2, Mistral and Gemma models, batch 1 and ragged 8",
+    metric="share of prompts with identical ids",
+    expected="== 1",
+    compare="value",
+)
+def identical_families(bench: Bench) -> Measurement:
+    return suite.identical_in_families(bench, lambda models: DEL(fixed=(2, 3)))
+
+
+@claim(
+    "del",
+    claim="In bf16 the ids are plain generation's up to near-ties of the target",
+    metric="share of prompts identical or parting at a near-tie",
+    expected=">= 0.95",
+    compare="value",
+)
+def near_ties(bench: Bench) -> Measurement:
+    return suite.near_ties(bench, self_speculation)
+
+
+def _laws() -> None:
+    for label, decoder in {"DEL": DEL(), "DEL at a fixed exit": DEL(fixed=(2, 2))}.items():
+        for temperature in (0.6, 1.0):
+
+            def measure(bench: Bench, decoder: DEL = decoder, temperature: float = temperature) -> Measurement:
+                return suite.law_test(bench, lambda models: decoder, temperature)
+
+            measure.__qualname__ = f"law of {label} at {temperature}"
+            claim(
+                "del",
+                claim=f"{label} samples the target's law at temperature {temperature}",
+                metric="p-value of a chi-square test over 125 outcomes",
+                expected=">= 0.001",
+                compare="value",
+            )(measure)
+
+
+_laws()
+
+
+def domains(bench: Bench) -> dict[str, list[str]]:
+    """Held-out code, and tables of random digits in Python syntax: easy structure around digits nobody can guess."""
+    count = 4 if bench.quick else 24
+    rng, tables = random.Random(bench.seed), []
+    for _ in range(count):
+        rows = [f"    ({', '.join(str(rng.randrange(10)) for _ in range(4))})," for _ in range(8)]
+        tables.append("\n".join(["TABLE = [", *rows, ""]))
+    return {"code": suite.texts(bench, count, count), "digits": tables}
+
+
+def loads(bench: Bench, domain: str, decoder: DEL) -> tuple[int, int]:
+    """Tokens and layer-loads of one decoder on a domain, greedy, one prompt at a time."""
+
+    def measure() -> tuple[int, int]:
+        models, tokens, layers = suite.pair(bench), 0, 0
+        for text in domains(bench)[domain]:
+            suite.generate(models.target, models.batch([text]), 32 if bench.quick else 96, decoder)
+            tokens, layers = tokens + decoder.stats.tokens, layers + decoder.stats.layer_loads
+        return tokens, layers
+
+    return bench.shared(("layer loads", domain, repr(decoder)), measure)
+
+
+def grid(bench: Bench) -> dict[tuple[int, int], dict[str, tuple[int, int]]]:
+    """Every fixed (exit, length) on both domains."""
+    exits, lengths = (EXITS[1:4], LENGTHS[:3]) if bench.quick else (EXITS, LENGTHS)
+    settings = [(e, d) for e in exits for d in lengths]
+    return {s: {domain: loads(bench, domain, DEL(fixed=s)) for domain in domains(bench)} for s in settings}
+
+
+def rate(*parts: tuple[int, int]) -> float:
+    """Tokens per layer-load over several domains together."""
+    return sum(tokens for tokens, _ in parts) / sum(layers for _, layers in parts)
+
+
+def against_best_fixed(bench: Bench, domain: str) -> Measurement:
+    found = {setting: rate(parts[domain]) for setting, parts in grid(bench).items()}
+    best = max(found, key=lambda setting: found[setting])
+    plain = 1 / suite.pair(bench).target.config.num_hidden_layers
+    detail = {"best fixed (exit, length)": best, "plain decoding": plain}
+    value = rate(loads(bench, domain, DEL()))
+    return Measurement(value, "best fixed (exit, length)", found[best], len(domains(bench)[domain]), detail)
+
+
+@claim(
+    "del",
+    claim="On code DEL reaches the best fixed pair of exit and length, found with hindsight",
+    metric="tokens per layer-load",
+    expected=">= 0.95",
+)
+def best_on_code(bench: Bench) -> Measurement:
+    return against_best_fixed(bench, "code")
+
+
+@claim(
+    "del",
+    claim="On digit tables DEL reaches the best fixed pair of exit and length, found with hindsight",
+    metric="tokens per layer-load",
+    expected=">= 0.95",
+)
+def best_on_digits(bench: Bench) -> Measurement:
+    return against_best_fixed(bench, "digits")
+
+
+@claim(
+    "del",
+    claim="On a mixture of code and digit tables DEL beats every single fixed pair",
+    metric="tokens per layer-load",
+    expected="> 1",
+)
+def best_on_mixture(bench: Bench) -> Measurement:
+    found = {setting: rate(*parts.values()) for setting, parts in grid(bench).items()}
+    best = max(found, key=lambda setting: found[setting])
+    value = rate(*(loads(bench, domain, DEL()) for domain in domains(bench)))
+    count = sum(map(len, domains(bench).values()))
+    return Measurement(value, "best single fixed pair", found[best], count, {"best single (exit, length)": best})
+
+
+@claim(
+    "del",
+    claim="DEL commits more tokens per layer-load than plain decoding on code",
+    metric="tokens per layer-load",
+    expected="> 1",
+)
+def beats_plain(bench: Bench) -> Measurement:
+    plain = 1 / suite.pair(bench).target.config.num_hidden_layers
+    return Measurement(rate(loads(bench, "code", DEL())), "full", plain, len(domains(bench)["code"]))
+
+
+def speeds(bench: Bench) -> dict[str, dict[str, Any]]:
+    """DEL, plain decoding in the same loop, and generate, batch 1, each at its fastest dtype and setting."""
+
+    def run() -> dict[str, dict[str, Any]]:
+        new = 48 if bench.quick else 128
+        groups: dict[str, list[suite.Side]] = {"generate": [], "full": [], "del": []}
+        for dtype in ("fp32", "bf16"):
+            target = suite.pair(bench, dtype).target
+            settings = {"generate": [None], "full": [Full()], "del": [DEL(), DEL(probe=4), DEL(fixed=(2, 1))]}
+            for group, decoders in settings.items():
+                for decoder in decoders:
+                    work = lambda i, t=target, d=decoder: suite.generate(t, i, new, d)  # noqa: E731
+                    groups[group].append(suite.Side(f"{decoder or group} {dtype}", work))
+        models = suite.pair(bench)
+        return suite.race(groups, [models.batch([text]) for text in suite.texts(bench, 27, 6)])
+
+    return bench.shared("del speeds", run)
+
+
+@claim(
+    "del",
+    claim="DEL is at least 1.2x as fast as plain generate (batch 1, each side at its fastest dtype and settings)",
+    metric="tokens per second",
+    expected=">= 1.2",
+)
+def faster_than_generate(bench: Bench) -> Measurement:
+    return suite.ratio_of(speeds(bench), "del", "generate")
+
+
+@claim(
+    "del",
+    claim="DEL is faster than plain decoding in the same loop",
+    metric="tokens per second",
+    expected="> 1",
+)
+def faster_than_full(bench: Bench) -> Measurement:
+    return suite.ratio_of(speeds(bench), "del", "full")

@@ -1,0 +1,237 @@
+import json
+
+import pytest
+import torch
+
+from pertoken.bench import compare as module
+from pertoken.bench.compare import Options, compare, default_draft, pieces, read_prompts
+from pertoken.core import card
+from tests.bench import toys
+
+RUN_KEYS = {
+    "name",
+    "label",
+    "seconds",
+    "tokens",
+    "tokens_per_second",
+    "steps",
+    "flops",
+    "peak_bytes",
+    "speedup",
+    "identical",
+}
+
+
+@pytest.fixture
+def decoders(monkeypatch):
+    """Toy models in place of loaded ones, and a registry of toy decoders; yields the decoders that were built."""
+    built = {}
+
+    def make(name, model, draft):
+        built[name] = toys.Greedy(wrong=name == "wrong")
+        return built[name]
+
+    monkeypatch.setattr(card, "_REGISTRY", {})
+    monkeypatch.setattr(module, "load_methods", lambda: None)
+    monkeypatch.setattr(module, "load_model", lambda name, dtype: (toys.model(), toys.tokenizer()))
+    monkeypatch.setattr(module, "make_decoder", make)
+    for name, shape, needs in (
+        ("full", "decoder", set()),
+        ("right", "decoder", {"draft"}),
+        ("wrong", "decoder", set()),
+        ("weigher", "objective", set()),
+    ):
+        build = type(name, (), {"__module__": "tests", "__doc__": name})
+        given = {"question": "decode", "shape": shape, "exactness": "lossless", "paper": card.Paper(name)}
+        card.method(**given, name=name, needs=needs)(build)
+    return built
+
+
+def small(**changed) -> Options:
+    return Options(**({"max_new_tokens": 6, "dtype": "fp32", "repeats": 1} | changed))
+
+
+def test_sides_are_the_plain_loop_the_baseline_and_the_methods(decoders):
+    found = compare(["right", "wrong"], "toy", None, ["def f(x):"], small())
+    assert [run.name for run in found.runs] == ["generate", "full", "right", "wrong"]
+    plain, full, right, wrong = found.runs
+    assert (plain.identical, full.identical, right.identical, wrong.identical) == (True, True, True, False)
+    assert full.speedup == pytest.approx(1)
+    assert right.speedup == pytest.approx(right.tokens_per_second / full.tokens_per_second)
+    assert {run.tokens for run in found.runs} == {6}
+    assert {run.steps for run in found.runs} == {6}
+    assert found.outputs["right"] == found.outputs["generate"] != found.outputs["wrong"]
+
+
+def test_operations_are_those_of_one_pass(decoders):
+    found = compare([], "toy", None, ["def f(x):"], small())
+    plain, full = found.runs
+    assert 0 < plain.flops < full.flops, "the toy decoder reads everything again at every step"
+    assert min(run.peak_bytes for run in found.runs) > 2**20
+
+
+@pytest.mark.parametrize("batch, calls", [(8, 1), (2, 2), (1, 3)])
+def test_ragged_prompts_in_batches_agree_with_the_plain_loop(decoders, batch, calls):
+    prompts = ["import os", "x", "class Tree:\n    def"]
+    found = compare(["right"], "toy", None, prompts, small(batch=batch, repeats=2))
+    assert [run.identical for run in found.runs] == [True] * 3
+    assert found.runs[0].tokens == found.runs[-1].tokens
+    assert decoders["right"].calls == calls * (1 + 2 + 1), "one warm-up pass, two timed ones, one counted"
+    assert len(found.outputs["right"]) == 3
+    assert len(found.traces[-1].about["rows"]) == min(batch, 3), "the first batch is drawn"
+
+
+def test_what_a_trace_is_about(decoders):
+    prompts = ["x = 1", "for i in"]
+    found = compare(["right"], "toy", None, prompts, small())
+    full, right = found.traces
+    assert set(right.about) == {"method", "model", "rows", "runs"}
+    assert (full.about["method"], right.about["method"], right.about["model"]) == ("full", "right", "toy")
+    for prompt, row, output in zip(prompts, right.about["rows"], found.outputs["right"], strict=True):
+        assert "".join(row["prompt"]) == prompt
+        assert "".join(row["output"]).replace(toys.END, "") == output
+        assert len(row["output"]) <= 6
+    assert [set(run) for run in right.about["runs"]] == [RUN_KEYS] * 3
+    assert len(right.steps) == 6
+    json.dumps(right.about, allow_nan=False)
+    json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_sampling_is_seeded_and_not_called_identical(decoders):
+    options = small(temperature=1.0, top_k=5, top_p=0.9, max_new_tokens=12)
+    first, again = (compare([], "toy", None, ["while"], options) for _ in range(2))
+    other = compare([], "toy", None, ["while"], small(temperature=1.0, max_new_tokens=12, seed=1))
+    assert first.outputs["generate"] == again.outputs["generate"] != other.outputs["generate"]
+    assert {run.identical for run in first.runs} == {None}
+
+
+def test_the_models_hooks_are_as_before(decoders, monkeypatch):
+    from pertoken.core.attach import changed, fingerprint
+
+    model = toys.model()
+    monkeypatch.setattr(module, "load_model", lambda name, dtype: (model, toys.tokenizer()))
+    before = fingerprint(model)
+    compare(["right"], "toy", None, ["if"], small())
+    assert changed(before, fingerprint(model)) == []
+
+
+def test_generate_can_be_the_baseline(decoders):
+    found = compare(["full"], "toy", None, ["if"], small(baseline="generate"))
+    assert [run.name for run in found.runs] == ["generate", "full"]
+    assert found.runs[0].speedup == pytest.approx(1)
+
+
+REFUSED = {
+    "an unknown method": (["rigth"], ["x"], {}, "did you mean right"),
+    "an unknown baseline": (["right"], ["x"], {"baseline": "ful"}, "did you mean full"),
+    "an objective": (["weigher"], ["x"], {}, "only decoders and policies generate"),
+    "two decoders at once": (["right+wrong"], ["x"], {}, "right and wrong both choose the next token"),
+    "no prompt": (["right"], [], {}, "prompt is empty"),
+    "an empty prompt": (["right"], ["x", "  "], {}, "prompt is empty"),
+    "too long a context": (["right"], ["x" * 90], {"max_new_tokens": 10}, "90 tokens and 10 .* 96 positions"),
+}
+
+
+@pytest.mark.parametrize("names, prompts, options, message", REFUSED.values(), ids=REFUSED.keys())
+def test_refused(decoders, names, prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        compare(names, "toy", None, prompts, small(**options))
+
+
+OUTSIDE = [("max_new_tokens", 0), ("batch", 0), ("repeats", 0), ("temperature", -1), ("top_p", 0.0), ("top_p", 1.1)]
+
+
+@pytest.mark.parametrize("name, value", [*OUTSIDE, ("top_k", -1)])
+def test_options_outside_their_range_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        Options(**{name: value})
+
+
+def test_a_draft_with_another_tokenizer_is_refused(decoders, monkeypatch):
+    def load(name, dtype):
+        tokenizer = toys.tokenizer()
+        if name == "other":
+            tokenizer.add_tokens(["zebra"])
+        return toys.model(), tokenizer
+
+    monkeypatch.setattr(module, "load_model", load)
+    with pytest.raises(ValueError, match=r"other \(258 tokens\) does not share the tokenizer of toy .*zebra"):
+        compare(["right"], "toy", "other", ["x"], small())
+
+
+def test_the_zoo_has_a_draft_for_methods_that_need_one(decoders):
+    assert default_draft("zoo:code-target", ["full", "right"]) == "zoo:code-draft"
+    assert default_draft("zoo:code-target", ["full"]) is None
+    assert default_draft("code-target", ["right"]) is None
+
+
+def test_pieces_join_to_the_text_and_keep_characters_whole():
+    tokenizer = toys.tokenizer()
+    text = "s = 'é→𝄞'\n\tpass  # done"
+    found = pieces(tokenizer, tokenizer(text)["input_ids"])
+    assert "".join(found) == text
+    assert "→" in found and "𝄞" in found
+    assert len(found) == len(text.encode())
+    assert pieces(tokenizer, []) == []
+    assert pieces(tokenizer, tokenizer("é")["input_ids"][:1]) == ["\ufffd"]
+
+
+def test_prompts_of_a_file(tmp_path):
+    plain, rows = tmp_path / "a.txt", tmp_path / "a.jsonl"
+    plain.write_text("one\n\n  two\n")
+    rows.write_text('{"prompt": "line\\nbreak"}\n{"prompt": "b", "more": 1}\n')
+    assert read_prompts(plain) == ["one", "  two"]
+    assert read_prompts(rows) == ["line\nbreak", "b"]
+
+
+@pytest.mark.parametrize("text", ['{"prompt": 1', '{"text": "x"}', "[1]"])
+def test_a_malformed_line_is_named(tmp_path, text):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "fine"}\n' + text)
+    with pytest.raises(ValueError, match=r"a\.jsonl line 2"):
+        read_prompts(path)
+
+
+def test_a_file_without_prompts_is_named(tmp_path):
+    (tmp_path / "a.txt").write_text("\n \n")
+    with pytest.raises(ValueError, match="holds no prompt"):
+        read_prompts(tmp_path / "a.txt")
+
+
+def test_the_demo_goes_on_from_held_out_source():
+    from pertoken.bench import demo
+    from pertoken.zoo import corpus
+
+    prompt = demo.prompt()
+    assert prompt.startswith("def ") and prompt.endswith("\n")
+    assert prompt in corpus.split_texts("heldout")[demo.SOURCE]
+    assert demo.CHARACTERS <= len(prompt) < 2 * demo.CHARACTERS
+
+
+def test_policies_are_attached_under_a_decoder_and_taken_off(decoders, monkeypatch):
+    from dataclasses import dataclass
+
+    from pertoken.core.budget import Budget
+    from pertoken.core.policy import Policy
+
+    @dataclass(frozen=True)
+    class Zero(Policy):
+        """Makes every logit zero but one."""
+
+        budget: Budget = Budget()
+        reads = frozenset()
+        writes = frozenset({"logits"})
+
+        def decide(self, view): ...
+
+        def install(self, model, attachment):
+            def around(forward, hidden):
+                return torch.nn.functional.one_hot(torch.full(hidden.shape[:2], 65), 257).float()
+
+            attachment.wrap(model.lm_head, around)
+
+    given = {"question": "depth", "shape": "policy", "exactness": "approximate", "paper": card.Paper("x")}
+    card.method(**given, name="zero")(Zero)
+    found = compare(["right+zero", "right"], "toy", None, ["x"], small())
+    assert [run.identical for run in found.runs] == [True, True, False, True]
+    assert len(set(found.outputs["right+zero"][0])) == 1

@@ -1,0 +1,110 @@
+"""Tiny random models of every family, and every registered method as a parameter. Nothing here names a method."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from pertoken.core.card import cards
+from pertoken.methods import load_methods
+
+transformers.logging.set_verbosity_error()
+load_methods()
+
+VOCABULARY = 61
+END = 1
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "bos_token_id": END,
+    "eos_token_id": END,
+    "pad_token_id": 0,
+}
+FAMILIES = {
+    "llama": lambda layers: LlamaForCausalLM(LlamaConfig(**COMMON, num_hidden_layers=layers)),
+    "qwen3": lambda layers: Qwen3ForCausalLM(Qwen3Config(**COMMON, num_hidden_layers=layers)),
+    "mistral": lambda layers: MistralForCausalLM(MistralConfig(**COMMON, num_hidden_layers=layers, sliding_window=9)),
+    "gemma": lambda layers: GemmaForCausalLM(GemmaConfig(**COMMON, num_hidden_layers=layers)),
+    "gemma2": lambda layers: Gemma2ForCausalLM(Gemma2Config(**COMMON, num_hidden_layers=layers, sliding_window=9)),
+    "gpt2": lambda layers: GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCABULARY,
+            n_embd=32,
+            n_layer=layers,
+            n_head=4,
+            n_positions=256,
+            initializer_range=0.3,
+            bos_token_id=END,
+            eos_token_id=END,
+            pad_token_id=0,
+        )
+    ),
+}
+LAYERS = 4
+DECODERS = [name for name, card in cards().items() if card.shape == "decoder"]
+POLICIES = [name for name, card in cards().items() if card.shape == "policy"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def target(family):
+    torch.manual_seed(1)
+    return FAMILIES[family](LAYERS).eval()
+
+
+@pytest.fixture(scope="session")
+def draft(family, target):
+    """A draft that is often right: the target itself with noise on its weights."""
+    torch.manual_seed(1)
+    model = FAMILIES[family](LAYERS).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn(weight.shape, generator=generator) * 0.06 * weight.std())
+    return model
+
+
+@pytest.fixture(scope="session")
+def prompts():
+    """Five ragged prompts, left-padded: ids and mask `[5, 14]`; a repetition in each gives n-grams something to find."""
+    generator = torch.Generator().manual_seed(5)
+    rows, mask = torch.zeros(5, 14, dtype=torch.long), torch.zeros(5, 14, dtype=torch.long)
+    for row, length in enumerate((14, 3, 9, 1, 12)):
+        ids = torch.randint(2, VOCABULARY, (length,), generator=generator)
+        ids[length // 2 + 1 :] = ids[: length - length // 2 - 1]
+        rows[row, 14 - length :], mask[row, 14 - length :] = ids, 1
+    return rows, mask

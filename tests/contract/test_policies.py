@@ -1,0 +1,117 @@
+"""Laws of every registered policy, on every family, with no word about any one of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from pertoken.core.attach import active, attach, fingerprint
+from pertoken.core.budget import Budget
+from pertoken.core.card import card
+from pertoken.core.cost import count_flops
+from pertoken.core.trace import Trace
+from tests.contract.conftest import POLICIES
+
+
+@pytest.fixture(params=POLICIES)
+def policy(request):
+    return card(request.param).build()
+
+
+def at(policy, budget):
+    return dataclasses.replace(policy, budget=budget)
+
+
+def logits(model, ids, mask):
+    with torch.inference_mode():
+        return model(ids, attention_mask=mask).logits
+
+
+def test_full_budget_is_the_identity(target, policy, prompts):
+    ids, mask = prompts
+    expected, ids_out = logits(target, ids, mask), target.generate(ids, attention_mask=mask, max_new_tokens=8)
+    with attach(target, at(policy, Budget.full())):
+        assert torch.equal(logits(target, ids, mask), expected)
+        assert torch.equal(target.generate(ids, attention_mask=mask, max_new_tokens=8), ids_out)
+
+
+def test_undo_is_exact(target, policy, prompts):
+    before, expected = fingerprint(target, deep=True), logits(target, *prompts)
+    for _ in range(2):
+        with attach(target, policy):
+            assert fingerprint(target) != before, "an attached policy must be visible in the fingerprint"
+            changed = logits(target, *prompts)
+        assert not torch.equal(changed, expected), "the default budget must change something"
+    with pytest.raises(RuntimeError, match="inside"), attach(target, policy):
+        raise RuntimeError("inside")
+    assert fingerprint(target, deep=True) == before and not active(target)
+    assert torch.equal(logits(target, *prompts), expected)
+
+
+def test_disabled_is_the_model_as_it_was(target, policy, prompts):
+    expected = logits(target, *prompts)
+    with attach(target, policy) as attached:
+        with attached.disabled():
+            assert torch.equal(logits(target, *prompts), expected)
+        assert not torch.equal(logits(target, *prompts), expected)
+
+
+def test_ragged_batch_is_each_row_alone(target, policy, prompts):
+    ids, mask = prompts
+    with attach(target, policy):
+        together = target.generate(ids, attention_mask=mask, max_new_tokens=10)[:, ids.shape[1] :]
+        assert len({tuple(row.tolist()) for row in together}) > 1
+        for row in range(len(ids)):
+            kept = mask[row].bool()
+            alone = target.generate(
+                ids[row : row + 1, kept], attention_mask=mask[row : row + 1, kept], max_new_tokens=10
+            )[0, int(kept.sum()) :]
+            assert torch.equal(alone, together[row, : len(alone)])
+
+
+def test_replay_serves_the_recording(target, policy, prompts):
+    ids, mask = prompts
+    recorded, again = Trace(), Trace()
+    with attach(target, policy, trace=recorded):
+        first = target.generate(ids, attention_mask=mask, max_new_tokens=6)
+    other = at(policy, Budget.full())
+    with attach(target, other, trace=again, replay=recorded):
+        assert torch.equal(target.generate(ids, attention_mask=mask, max_new_tokens=6), first)
+    assert again.same_as(recorded) and recorded.steps
+
+
+def test_cost_falls_as_the_budget_says(target, policy, prompts):
+    ids, mask = prompts
+    flops = []
+    for share in (1.0, 0.75, 0.5):
+        with attach(target, at(policy, Budget(fraction=share))):
+            flops.append(count_flops(lambda: logits(target, ids, mask)))
+    dense = count_flops(lambda: logits(target, ids, mask))
+    assert flops[0] == dense and flops[0] > flops[1] > flops[2]
+
+
+def test_decisions_count_what_the_budget_allows(target, policy, prompts):
+    ids, mask = prompts
+    trace = Trace()
+    with attach(target, at(policy, Budget(fraction=0.5)), trace=trace):
+        logits(target, ids, mask)
+    (step,) = trace.steps
+    assert torch.equal(step.decision.valid, mask.bool())
+    assert step.decision.spent().tolist() == [int(n) * 2 for n in mask.sum(-1)]
+
+
+@pytest.mark.parametrize("pair", list(itertools.combinations_with_replacement(POLICIES, 2)))
+def test_pairs_compose_or_are_refused_in_one_sentence(target, pair, prompts):
+    one, other = (card(name).build() for name in pair)
+    before = fingerprint(target)
+    with attach(target, one):
+        if one.writes & other.writes:
+            with pytest.raises(ValueError, match="both decide"), attach(target, other):
+                pass
+        else:
+            with attach(target, other):
+                assert logits(target, *prompts).isfinite().all()
+    assert fingerprint(target) == before
