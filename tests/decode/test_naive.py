@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 from scipy.stats import chisquare
+
 from tests.decode import naive
 
 

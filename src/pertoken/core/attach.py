@@ -171,7 +171,9 @@ def attach(
     as it was.
     """
     if not isinstance(policy, Policy):
-        raise TypeError(f"attach needs a policy, got {type(policy).__name__}; decoders go to generate(custom_generate=...)")
+        raise TypeError(
+            f"attach needs a policy, got {type(policy).__name__}; decoders go to generate(custom_generate=...)"
+        )
     check_pair([a.policy for a in active(model)] + [policy])
     before = fingerprint(model)
     attachment = Attachment(model, policy, trace, replay)
@@ -183,7 +185,9 @@ def attach(
     finally:
         if stack and stack[-1] is not attachment:
             inner = type(stack[-1].policy).__name__
-            raise UndoError(f"{type(policy).__name__} ended before {inner}, which was attached after it; end that first")
+            raise UndoError(
+                f"{type(policy).__name__} ended before {inner}, which was attached after it; end that first"
+            )
         attachment.undo()
         stack.pop()
         if not stack:

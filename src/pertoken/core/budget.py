@@ -22,7 +22,9 @@ class Budget:
     def __post_init__(self) -> None:
         given = self.units()
         if len(given) > 1:
-            raise ValueError(f"a budget has one unit, got {', '.join(given)}; set one of tokens, layers, nodes, fraction")
+            raise ValueError(
+                f"a budget has one unit, got {', '.join(given)}; set one of tokens, layers, nodes, fraction"
+            )
         for unit in given:
             value = getattr(self, unit)
             if unit == "fraction" and not (isinstance(value, (int, float)) and 0 <= value <= 1):

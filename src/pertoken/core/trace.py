@@ -60,9 +60,7 @@ class Trace:
         for number, step in enumerate(self.steps):
             names = step.decision.tensors()
             tensors |= {f"{number}/{name}": tensor.contiguous() for name, tensor in names.items()}
-            index.append(
-                {"site": step.site, "kind": step.decision.kind, "rows": list(step.rows), "note": step.note}
-            )
+            index.append({"site": step.site, "kind": step.decision.kind, "rows": list(step.rows), "note": step.note})
         header = {"format": FORMAT, "about": json.dumps(self.about), "steps": json.dumps(index)}
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.clone() for name, tensor in tensors.items()}, str(path), header)
@@ -76,7 +74,9 @@ class Trace:
             with safe_open(str(path), "pt") as file:
                 header = file.metadata() or {}
                 if header.get("format") != FORMAT:
-                    raise ValueError(f"{path} is not a trace of this library (format {header.get('format')!r}, wanted {FORMAT!r})")
+                    raise ValueError(
+                        f"{path} is not a trace of this library (format {header.get('format')!r}, wanted {FORMAT!r})"
+                    )
                 trace = cls(json.loads(header["about"]))
                 for number, entry in enumerate(json.loads(header["steps"])):
                     kind = KINDS[entry["kind"]]

@@ -27,5 +27,7 @@ def make(name: str, *, draft: Any = None, **options: Any) -> Any:
     if "draft" not in found.needs:
         return found.build(**options)
     if draft is None:
-        raise ValueError(f"{name} needs a draft model: give one with the target's tokenizer (--draft on the command line)")
+        raise ValueError(
+            f"{name} needs a draft model: give one with the target's tokenizer (--draft on the command line)"
+        )
     return found.build(draft, **options)

@@ -188,7 +188,9 @@ class DelSession(Session):
             hidden = stack.forward(
                 tokens, last + depth, cache, cache.base + depth, allow, last >= 0, last=self.exit, states=states[-1]
             )
-            logits = self.request.warp(stack.logits(hidden[:, -1])) if self.request.sampling else stack.logits(hidden[:, -1])
+            logits = (
+                self.request.warp(stack.logits(hidden[:, -1])) if self.request.sampling else stack.logits(hidden[:, -1])
+            )
             logits = logits.float()
             if self.request.sampling:
                 law = logits.softmax(-1)
@@ -197,7 +199,9 @@ class DelSession(Session):
             else:
                 best, tokens = logits.max(-1, keepdim=True)
                 chances = (best - logits.logsumexp(-1, keepdim=True)).exp()
-            for i, (token, chance) in enumerate(zip(tokens.flatten().tolist(), chances.flatten().tolist(), strict=True)):
+            for i, (token, chance) in enumerate(
+                zip(tokens.flatten().tolist(), chances.flatten().tolist(), strict=True)
+            ):
                 if going[i]:
                     tree = trees[i]
                     parent = len(tree) - 1 if len(tree) else ROOT

@@ -78,7 +78,11 @@ class ModelDrafter:
                 if parent != ROOT:
                     allow[row, column] |= allow[row, self.columns[row][parent]]
                 self.columns[row][node] = column
-                ids[row, slot], positions[row, slot], valid[row, slot] = tree.tokens[node], last + tree.depths[node], True
+                ids[row, slot], positions[row, slot], valid[row, slot] = (
+                    tree.tokens[node],
+                    last + tree.depths[node],
+                    True,
+                )
         self.allow = allow
         device, cache = self.context.device, self.context.cache
         hidden = self.context.stack.forward(

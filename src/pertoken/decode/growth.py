@@ -77,7 +77,9 @@ class Draws:
     chances: list[float]
 
 
-def draw(logits: Tensor, temperature: float, sampler: str, count: int, taken: Sequence[int]) -> tuple[list[Draws], Tensor]:
+def draw(
+    logits: Tensor, temperature: float, sampler: str, count: int, taken: Sequence[int]
+) -> tuple[list[Draws], Tensor]:
     """The first `count` children of each distribution `[place, vocabulary]`, and its log-probabilities in float32.
 
     sampler: "top" takes the most likely tokens; "gumbel" samples without replacement, by sorting log-probabilities plus

@@ -40,7 +40,9 @@ def callers_streamer() -> Any:
     """
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name == "generate" and frame.f_globals.get("__name__", "").startswith("transformers.generation"):
+        if frame.f_code.co_name == "generate" and frame.f_globals.get("__name__", "").startswith(
+            "transformers.generation"
+        ):
             return frame.f_locals.get("streamer")
         frame = frame.f_back
     return None
@@ -82,7 +84,9 @@ class Request:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         self._check(input_ids, mask)
         kept = mask.bool().cpu()
-        self.rows = [Row(i, ids[keep].tolist()) for i, (ids, keep) in enumerate(zip(input_ids.cpu(), kept, strict=True))]
+        self.rows = [
+            Row(i, ids[keep].tolist()) for i, (ids, keep) in enumerate(zip(input_ids.cpu(), kept, strict=True))
+        ]
         self.active = list(self.rows)
         criteria_list = list(criteria or ())
         lengths = [c.max_length for c in criteria_list if isinstance(c, MaxLengthCriteria)]
@@ -113,10 +117,14 @@ class Request:
                 "model's own tokenizer"
             )
         if self.config.num_beams not in (None, 1):
-            raise BadRequest(f"num_beams={self.config.num_beams} is not supported by a speculative decoder; use num_beams=1")
+            raise BadRequest(
+                f"num_beams={self.config.num_beams} is not supported by a speculative decoder; use num_beams=1"
+            )
         for name in ("output_attentions", "output_hidden_states"):
             if getattr(self.config, name, False):
-                raise BadRequest(f"{name}=True is not given by a speculative decoder; run the model on its output instead")
+                raise BadRequest(
+                    f"{name}=True is not given by a speculative decoder; run the model on its output instead"
+                )
 
     def _check_room(self) -> None:
         if self.max_new < 1:

@@ -153,7 +153,15 @@ class Speculation(ABC):
         config = generation_config or model.generation_config
         adapter = adapter_for(model)
         streamer = streamer or callers_streamer()
-        request = Request(adapter, input_ids, model_kwargs.get("attention_mask"), config, logits_processor, stopping_criteria, streamer)
+        request = Request(
+            adapter,
+            input_ids,
+            model_kwargs.get("attention_mask"),
+            config,
+            logits_processor,
+            stopping_criteria,
+            streamer,
+        )
         with torch.inference_mode(), ExitStack() as scope:
             return self._run(model, request, scope)
 
@@ -199,7 +207,9 @@ class Speculation(ABC):
         stats.draft_calls = session.draft_calls
         stats.seconds = time.perf_counter() - started
         if player is not None and not player.finished:
-            raise TraceMismatch("the recording goes on after every row has stopped; replay with the same stopping rules")
+            raise TraceMismatch(
+                "the recording goes on after every row has stopped; replay with the same stopping rules"
+            )
         return request.result()
 
 
@@ -234,7 +244,14 @@ def _target_logits(
         rest = allow[:, done:] if allow is not None else None
         early: list[Tensor] = []
         stack.forward(
-            ids[:, done:], positions[:, done:], cache, base + done, rest, valid[:, done:], last=partial.layers, states=early
+            ids[:, done:],
+            positions[:, done:],
+            cache,
+            base + done,
+            rest,
+            valid[:, done:],
+            last=partial.layers,
+            states=early,
         )
         joined = [torch.cat(pair, 1) for pair in zip(partial.states, early, strict=True)]
         cache.open(base, positions)
@@ -320,5 +337,3 @@ class Replay(Session, Choice):
 
     def select(self, rows: list[int]) -> None:
         """Nothing is kept per row."""
-
-

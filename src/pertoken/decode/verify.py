@@ -86,7 +86,9 @@ class Sampling(Choice):
                 if verdict:
                     tokens[i] = chosen
             rank += 1
-            waiting = [i for i, verdict in zip(waiting, verdicts, strict=True) if not verdict and len(children[i]) > rank]
+            waiting = [
+                i for i, verdict in zip(waiting, verdicts, strict=True) if not verdict and len(children[i]) > rank
+            ]
         open_ = [i for i, token in enumerate(tokens) if token is None]
         if open_:
             sampled = torch.multinomial(target[open_], 1).flatten().tolist()
@@ -119,7 +121,7 @@ def verify(
         table, finite = tokens.tolist(), bool(torch.isfinite(best).all())
     else:
         table, finite = None, False
-    at = {row: ROOT for row in range(len(trees))}
+    at = dict.fromkeys(range(len(trees)), ROOT)
     while at:
         visits = [Visit(request.active[r], trees[r], node, laws[r].get(node)) for r, node in at.items()]
         if table is not None and finite:

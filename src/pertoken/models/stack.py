@@ -111,7 +111,9 @@ class FusedLayer:
         self.heads, self.kv_heads, self.dim = heads, kv_heads, dim
         self.groups, self.scale = heads // kv_heads, attention.scaling
 
-    def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, keys: Tensor, values: Tensor, at: slice):
+    def __call__(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, keys: Tensor, values: Tensor, at: slice
+    ):
         rows, tokens, width = hidden.shape
         heads, kv_heads, dim = self.heads, self.kv_heads, self.dim
         normed = F.rms_norm(hidden, (width,), self.norm_in, self.eps)
@@ -192,9 +194,7 @@ def _plain(model: torch.nn.Module) -> bool:
     """No hook, no instance-level forward, no attachment anywhere on the model."""
     if active(model):
         return False
-    return not any(
-        m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules()
-    )
+    return not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
 
 
 def _fusable(adapter: Adapter) -> bool:

@@ -12,7 +12,9 @@ class NGramModel:
 
     def __init__(self, stream: np.ndarray, order: int = 5):
         if stream.max() >= 1 << BITS:
-            raise ValueError(f"token id {int(stream.max())} does not fit {BITS} bits; the vocabulary may have {1 << BITS}")
+            raise ValueError(
+                f"token id {int(stream.max())} does not fit {BITS} bits; the vocabulary may have {1 << BITS}"
+            )
         self.order = order
         self.tables = []
         for length in range(1, order + 1):
