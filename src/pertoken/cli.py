@@ -209,6 +209,7 @@ def run(
     top_p: Annotated[float | None, typer.Option(help="Sample from this share of the probability.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Sample from this many tokens.")] = None,
     dtype: Annotated[str, typer.Option(help="fp32, bf16, or auto (as stored).")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto (the GPU where there is one).")] = "auto",
     baseline: Annotated[str, typer.Option(help="What speed is relative to; generate for transformers' own.")] = "full",
     seed: Annotated[int, typer.Option(help="For sampling.")] = 0,
     batch: Annotated[int, typer.Option(help="Prompts generated together.")] = 8,
@@ -226,7 +227,7 @@ def run(
         raise ValueError('give one of --prompt "TEXT" and --input FILE')
     from pertoken.bench.compare import Options, compare, read_prompts
 
-    options = Options(max_new_tokens, temperature, top_p, top_k, dtype, baseline, seed, batch)
+    options = Options(max_new_tokens, temperature, top_p, top_k, dtype, device, baseline, seed, batch)
     prompts = [prompt] if prompt is not None else read_prompts(input_file)  # type: ignore[arg-type]
     with progress() as status:
         found = compare(names, model, draft, prompts, options, status)
@@ -354,22 +355,18 @@ def zoo_train(
 
     Example: pertoken zoo train code-draft --out runs
     """
-    import dataclasses
-
     from pertoken.bench.catalogue import recipe
     from pertoken.bench.curve import write_curve
     from pertoken.zoo.train import Run
 
     wanted = recipe(name)
-    if steps is not None:
-        if steps < 1:
-            raise ValueError(f"steps={steps} is too few; give at least 1")
-        wanted = dataclasses.replace(wanted, steps=steps)
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps={steps} is too few; give at least 1")
     training = Run(name, out / name, wanted, compile_model)
     resumed = training.resume()
     print(f"going on from step {training.step}" if resumed else f"starting {name}", file=sys.stderr)
     try:
-        training.train()
+        training.train(until=steps)
     finally:
         for path in write_curve(training.curve, out / name):
             print(f"curve: {path}", file=sys.stderr)

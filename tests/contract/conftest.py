@@ -100,7 +100,8 @@ def draft(family, target):
 
 @pytest.fixture(scope="session")
 def prompts():
-    """Five ragged prompts, left-padded: ids and mask `[5, 14]`; a repetition in each gives n-grams something to find."""
+    """Five ragged prompts, left-padded: ids and mask `[5, 14]`; a repetition in each gives n-grams something to
+    find."""
     generator = torch.Generator().manual_seed(5)
     rows, mask = torch.zeros(5, 14, dtype=torch.long), torch.zeros(5, 14, dtype=torch.long)
     for row, length in enumerate((14, 3, 9, 1, 12)):

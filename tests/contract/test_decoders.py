@@ -132,8 +132,8 @@ def test_under_an_attached_policy_it_is_still_lossless(target, decoder, prompts,
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
 @pytest.mark.parametrize("name", DECODERS)
 def test_sampling_has_the_law_of_the_target(name, temperature):
-    """Chi-square of three sampled tokens over a vocabulary of five against the exact law, and of no test that is vacuous:
-    the same test at another temperature must fail."""
+    """Chi-square of three sampled tokens over a vocabulary of five against the exact law, and of no test that is
+    vacuous: the same test at another temperature must fail."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     vocabulary, length, rows, rounds = 5, 3, 256, 20

@@ -103,7 +103,7 @@ def test_decisions_count_what_the_budget_allows(target, policy, prompts):
     assert step.decision.spent().tolist() == [int(n) * 2 for n in mask.sum(-1)]
 
 
-@pytest.mark.parametrize("pair", list(itertools.combinations_with_replacement(POLICIES, 2)))
+@pytest.mark.parametrize("pair", list(itertools.combinations_with_replacement(POLICIES, 2)), ids="+".join)
 def test_pairs_compose_or_are_refused_in_one_sentence(target, pair, prompts):
     one, other = (card(name).build() for name in pair)
     before = fingerprint(target)

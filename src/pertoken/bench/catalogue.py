@@ -39,7 +39,13 @@ def entry(name: str, directory: Path) -> dict[str, Any]:
         "baseline": one.baseline,
         "baselines": list(one.baselines),
         "claims": [
-            {"claim": c.claim, "metric": c.metric, "expected": c.expected, "result": newest.get(c.claim)}
+            {
+                "claim": c.claim,
+                "metric": c.metric,
+                "expected": c.expected,
+                "shown": c.shown,
+                "result": newest.get(c.claim),
+            }
             for c in claims_of(name)
         ],
         "measured": {key: kept.get(key) for key in ("date", "versions", "machine")} if newest else None,

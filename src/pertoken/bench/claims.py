@@ -103,6 +103,7 @@ class Claim:
     metric: str
     expected: str
     compare: str
+    shown: bool
     measure: Callable[[Bench], Measurement]
 
     def record(self, found: Measurement, seed: int) -> dict[str, Any]:
@@ -154,9 +155,9 @@ _CLAIMS: dict[tuple[str, str], Claim] = {}
 
 
 def claim(
-    method: str, *, claim: str, metric: str, expected: str, compare: str = "ratio"
+    method: str, *, claim: str, metric: str, expected: str, compare: str = "ratio", shown: bool = False
 ) -> Callable[[Callable[[Bench], Measurement]], Callable[[Bench], Measurement]]:
-    """Register a function that measures a claim of `method`. Raises `ValueError` for a malformed or repeated claim."""
+    """Register a function that measures a claim of `method`; those `shown` stand in the README's table. Raises `ValueError` for a malformed or repeated claim."""
     Expected.parse(expected)
     if compare not in COMPARISONS:
         raise ValueError(f"compare={compare!r} is unknown; choose one of {', '.join(COMPARISONS)}")
@@ -167,10 +168,15 @@ def claim(
             raise ValueError(
                 f"{method} already claims {claim!r} in {known.measure.__qualname__}; say it in other words"
             )
-        _CLAIMS[method, claim] = Claim(method, claim, metric, expected, compare, measure)
+        _CLAIMS[method, claim] = Claim(method, claim, metric, expected, compare, shown, measure)
         return measure
 
     return register
+
+
+def stem(name: str) -> str:
+    """The module name of a method's claims, as its file's: an underscore follows a word that Python reserves."""
+    return f"{name}_" if keyword.iskeyword(name) else name
 
 
 def claims_of(name: str) -> list[Claim]:
@@ -179,8 +185,7 @@ def claims_of(name: str) -> list[Claim]:
     Raises `ValueError` for an unknown method. A method without a module of claims has none.
     """
     card(name)
-    stem = f"{name}_" if keyword.iskeyword(name) else name
-    module = f"{__package__}.{stem}"
-    if stem not in FRAMEWORK and find_spec(module) is not None:
+    module = f"{__package__}.{stem(name)}"
+    if stem(name) not in FRAMEWORK and find_spec(module) is not None:
         importlib.import_module(module)
     return [c for c in _CLAIMS.values() if c.method == name]

@@ -28,13 +28,14 @@ PLAIN = "generate"
 
 @dataclass(frozen=True)
 class Options:
-    """How to generate. temperature 0 is greedy; dtype as in `models.load`; batch: prompts generated together."""
+    """How to generate. temperature 0 is greedy; dtype and device as in `models.load`; batch: prompts generated together."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_p: float | None = None
     top_k: int | None = None
     dtype: str = "auto"
+    device: str = "auto"
     baseline: str = "full"
     seed: int = 0
     batch: int = 8
@@ -116,10 +117,10 @@ class Side:
     peak_bytes: int = 0
 
 
-def load_model(name: str, dtype: str) -> tuple[Any, Any]:
+def load_model(name: str, options: Options) -> tuple[Any, Any]:
     from pertoken.models.load import load
 
-    return load(name, dtype)
+    return load(name, options.dtype, options.device)
 
 
 def make_decoder(name: str, model: Any, draft: Any) -> Any:
@@ -196,10 +197,10 @@ def compare(
         raise ValueError("a prompt is empty; give each some text to go on from")
     draft_name = draft_name or default_draft(model_name, wanted[1:])
     status(f"loading {model_name}")
-    model, tokenizer = load_model(model_name, options.dtype)
+    model, tokenizer = load_model(model_name, options)
     draft = None
     if draft_name is not None:
-        draft, draft_tokenizer = load_model(draft_name, options.dtype)
+        draft, draft_tokenizer = load_model(draft_name, options)
         _check_tokenizers(tokenizer, draft_tokenizer, model_name, draft_name)
     batches = [
         tokenizer(prompts[i : i + options.batch], return_tensors="pt", padding=True, padding_side="left")

@@ -25,5 +25,5 @@ def prompt() -> str:
 
 def demo(quick: bool = False, status: Callable[[str], None] = lambda text: None) -> Comparison:
     """Plain generation, the baselines and the two speculative decoders, greedily, in under a minute on two cores."""
-    options = Options(max_new_tokens=48 if quick else 128, baseline=PLAIN, repeats=1 if quick else 3)
+    options = Options(max_new_tokens=48 if quick else 128, dtype="fp32", baseline=PLAIN, repeats=1 if quick else 3)
     return compare(METHODS, MODEL, DRAFT, [prompt()], options, status)

@@ -1,4 +1,5 @@
-"""Claims of DySpec: exact, more tokens per step than any fixed shape of its size, and faster than what one would use today."""
+"""Claims of DySpec: exact, more tokens per step than any fixed shape of its size, and faster than what one would use
+today."""
 
 from __future__ import annotations
 
@@ -50,6 +51,7 @@ def identical_alone(bench: Bench) -> Measurement:
     claim="Greedy ids equal plain generation's on every held-out prompt in ragged batches of 8 (fp32)",
     metric="share of prompts with identical ids",
     expected="== 1",
+    shown=True,
     compare="value",
 )
 def identical_in_batches(bench: Bench) -> Measurement:
@@ -58,7 +60,7 @@ def identical_in_batches(bench: Bench) -> Measurement:
 
 @claim(
     "dyspec",
-    claim="Greedy ids equal plain generation's on random Llama, Qwen3, GPT-2, Mistral and Gemma models, batch 1 and ragged 8",
+    claim="Greedy ids equal plain generation's on random Llama, Qwen3, GPT-2, Mistral, Gemma models, batch 1 and 8",
     metric="share of prompts with identical ids",
     expected="== 1",
     compare="value",
@@ -184,7 +186,13 @@ def _shapes() -> None:
                 return measure(bench, size)
 
             at.__qualname__ = f"{measure.__name__} {size}"
-            claim("dyspec", claim=sentence.format(size), metric="tokens per row and target step", expected="> 1")(at)
+            claim(
+                "dyspec",
+                claim=sentence.format(size),
+                metric="tokens per row and target step",
+                expected="> 1",
+                shown=size == 32,
+            )(at)
 
 
 _shapes()
@@ -192,7 +200,7 @@ _shapes()
 
 @claim(
     "dyspec",
-    claim="The threshold construction at the same mean size keeps 95 % of the tokens per step with a third of the draft calls",
+    claim="The threshold construction at equal mean size keeps 95 % of the tokens per step with a third of the calls",
     metric="tokens per row and target step",
     expected=">= 0.95",
 )
@@ -308,9 +316,10 @@ def _speeds() -> None:
         measure.__qualname__ = f"speed against {baseline}"
         claim(
             "dyspec",
-            claim=f"DySpec is at least {bound}x as fast as {baseline} (batch 1, each side at its fastest dtype and settings)",
+            claim=f"DySpec is at least {bound}x as fast as {baseline} (batch 1, each at its best dtype and settings)",
             metric="tokens per second",
             expected=f">= {bound}",
+            shown=True,
         )(measure)
 
 
@@ -322,6 +331,7 @@ _speeds()
     claim="In ragged batches of 8 DySpec is at least 1.2x as fast as plain batched generation",
     metric="tokens per second",
     expected=">= 1.2",
+    shown=True,
 )
 def speed_in_batches(bench: Bench) -> Measurement:
     new = 48 if bench.quick else 128
@@ -345,6 +355,7 @@ def speed_in_batches(bench: Bench) -> Measurement:
     claim="A policy attached at full budget leaves output bit-equal and costs at most 2 % of the speed",
     metric="tokens per second",
     expected=">= 0.98",
+    shown=True,
 )
 def full_budget_is_free(bench: Bench) -> Measurement:
     models = suite.pair(bench)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from pertoken.bench import results
-from pertoken.bench.claims import Bench, Claim, claims_of
+from pertoken.bench.claims import Bench, Claim, claims_of, stem
 
 
 @dataclass
@@ -47,7 +47,7 @@ def run(
     """
     plan = {name: claims_of(name) for name in dict.fromkeys(names)}
     if empty := [name for name, claims in plan.items() if not claims]:
-        raise ValueError(f"{empty[0]} has no claims to measure; write them in pertoken/bench/{empty[0]}.py")
+        raise ValueError(f"{empty[0]} has no claims to measure; write them in pertoken/bench/{stem(empty[0])}.py")
     directory = results.results_dir(directory)
     bench, outcome = Bench(quick, seed, status), Outcome()
     try:

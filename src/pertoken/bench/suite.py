@@ -126,7 +126,8 @@ def noisy(model: Any, scale: float, seed: int) -> Any:
 
 
 def identical_in_families(bench: Bench, make: Callable[[Pair], Any]) -> Measurement:
-    """As `identical`, on random models of every family, batch 1 and ragged batch 8; tokens of the prompts modulo theirs."""
+    """As `identical`, on random models of every family, batch 1 and ragged batch 8; tokens of the prompts modulo
+    theirs."""
     prompts, tokenizer, new = texts(bench, 200, 8), pair(bench).tokenizer, 16
     same = total = 0
     detail: dict[str, float] = {}
@@ -232,8 +233,8 @@ def clock(side: Side, inputs: dict[str, Tensor]) -> tuple[float, int]:
 def race(groups: dict[str, list[Side]], batches: list[dict[str, Tensor]], trial: int = 3) -> dict[str, dict[str, Any]]:
     """Tokens per second of each group's fastest side, all run in turn on the same batches after a warm-up.
 
-    The fastest side of a group is chosen on the first `trial` batches, which do not count. Per group: setting, tokens per
-    second of every batch, and their median.
+    The fastest side of a group is chosen on the first `trial` batches, which do not count. Per group: setting, tokens
+    per second of every batch, and their median.
     """
     chosen = {}
     for name, sides in groups.items():

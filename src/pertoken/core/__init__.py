@@ -1,1 +1,2 @@
-"""Paper-free and model-free building blocks: budgets, decisions, policies, attachment, traces, costs, cards, signals."""
+"""Paper-free and model-free building blocks: budgets, decisions, policies, attachment, traces, costs, cards,
+signals."""

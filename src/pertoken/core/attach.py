@@ -1,7 +1,8 @@
 """Attach a policy to a model, and undo it exactly. This is the only code that changes a model.
 
-A mechanism changes a model through two tools, each of which knows how to take its change back: `wrap` (an instance-level
-`forward` around a module's own) and `set_attribute`. A fingerprint of the model taken before and after proves the undo.
+A mechanism changes a model through two tools, each of which knows how to take its change back: `wrap` (an
+instance-level `forward` around a module's own) and `set_attribute`. A fingerprint of the model taken before and after
+proves the undo.
 """
 
 from __future__ import annotations
@@ -24,9 +25,7 @@ from pertoken.core.trace import Player, Trace
 
 _ACTIVE: weakref.WeakKeyDictionary[nn.Module, list[Attachment]] = weakref.WeakKeyDictionary()
 _HOOKS = tuple(
-    name
-    for name in vars(nn.Module())
-    if name.endswith("_hooks") or name.endswith("_hooks_with_kwargs") or name.endswith("_hooks_always_called")
+    name for name in vars(nn.Module()) if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))
 )
 _ABSENT = object()
 
@@ -166,9 +165,9 @@ def attach(
 ) -> Iterator[Attachment]:
     """Attach `policy` to `model` for the length of the block; attachments nest.
 
-    trace: record every decision into it; replay: serve the decisions of this trace and do not ask the policy.
-    Raises `ValueError` for a policy that conflicts with one already attached, `UndoError` if the model did not come back
-    as it was.
+    trace: record every decision into it; replay: serve the decisions of this trace and do not ask the policy. Raises
+    `ValueError` for a policy that conflicts with one already attached, `UndoError` if the model did not come back as it
+    was.
     """
     if not isinstance(policy, Policy):
         raise TypeError(

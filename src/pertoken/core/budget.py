@@ -46,7 +46,8 @@ class Budget:
         return not self.units()
 
     def count(self, total: int) -> int:
-        """How many of `total` units may be spent, in [0, total]; a fraction rounds up so that any share spends something."""
+        """How many of `total` units may be spent, in [0, total]; a fraction rounds up so that any share spends
+        something."""
         if self.is_full:
             return total
         if self.fraction is not None:

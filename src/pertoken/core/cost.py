@@ -1,7 +1,8 @@
 """Cost: what a piece of work really spent, in floating-point operations, bytes and seconds.
 
 Operations come from torch's own counter, which sees every matrix product that runs, attention included. Bytes are those
-of weights, counted once per forward (a decoding step reads each weight once), and peak memory where the system reports it.
+of weights, counted once per forward (a decoding step reads each weight once), and peak memory where the system reports
+it.
 """
 
 from __future__ import annotations

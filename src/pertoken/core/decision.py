@@ -23,13 +23,14 @@ class Decision:
     def __post_init__(self) -> None:
         if self.valid.dtype != torch.bool or self.valid.ndim != 2:
             raise ValueError(
-                f"{self.kind}: valid must be a bool tensor [batch, token], got {self.valid.dtype} {list(self.valid.shape)}"
+                f"{self.kind}: valid must be a bool tensor [batch, token], "
+                f"got {self.valid.dtype} {list(self.valid.shape)}"
             )
         for name, tensor in self.tensors().items():
             if name != "valid" and tensor.shape[:1] != self.valid.shape[:1]:
                 raise ValueError(
-                    f"{self.kind}.{name} has batch {tensor.shape[0]}, valid has {self.valid.shape[0]}: give both one row "
-                    "per sequence"
+                    f"{self.kind}.{name} has batch {tensor.shape[0]}, valid has {self.valid.shape[0]}: give both "
+                    "one row per sequence"
                 )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -134,10 +135,10 @@ class Allow(Decision):
 class Commit(Decision):
     """One step of a decoder: the guesses of each row and what became of them.
 
-    Guessed nodes lie on the token axis: tokens and parents `[batch, node]` (parent -1 is the last committed token), value
-    `[batch, node]` float, the expected contribution when the node was drawn, source `[batch, node]` int, which drafter
-    guessed it (`SOURCES`); accepted `[batch, node]` bool marks the path that was kept. Tokens committed in this step,
-    path and correction together: committed `[batch, slot]`, count `[batch]`.
+    Guessed nodes lie on the token axis: tokens and parents `[batch, node]` (parent -1 is the last committed token),
+    value `[batch, node]` float, the expected contribution when the node was drawn, source `[batch, node]` int, which
+    drafter guessed it (`SOURCES`); accepted `[batch, node]` bool marks the path that was kept. Tokens committed in this
+    step, path and correction together: committed `[batch, slot]`, count `[batch]`.
     """
 
     tokens: Tensor

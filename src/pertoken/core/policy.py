@@ -1,8 +1,8 @@
 """Policy: a pure rule from what can be seen to what each token gets.
 
 A policy is a frozen dataclass with a budget. It decides; it never touches a model. How a decision is carried out is its
-folder's mechanism: an abstract subclass that implements `install` with the attachment's tools, shared by every policy of
-the folder.
+folder's mechanism: an abstract subclass that implements `install` with the attachment's tools, shared by every policy
+of the folder.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class View:
     """What a policy may look at when it decides.
 
-    valid `[batch, token]` bool: which tokens of this forward are real; layers: depth of the model; signals: tensors with a
-    leading `[batch, token]` that the mechanism measured, by name (see `core.signals`).
+    valid `[batch, token]` bool: which tokens of this forward are real; layers: depth of the model; signals: tensors
+    with a leading `[batch, token]` that the mechanism measured, by name (see `core.signals`).
     """
 
     valid: Tensor

@@ -1,6 +1,7 @@
 """Signals that decisions are made from: batched pure functions of logits or hidden states.
 
-Logits are `[..., vocabulary]` and are read in float32, in nats; hidden states are `[..., width]`. The last axis is reduced.
+Logits are `[..., vocabulary]` and are read in float32, in nats; hidden states are `[..., width]`. The last axis is
+reduced.
 """
 
 from __future__ import annotations

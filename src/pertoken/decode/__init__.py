@@ -10,8 +10,8 @@ from pertoken.core.card import card
 def make(name: str, *, draft: Any = None, **options: Any) -> Any:
     """Any registered decoder by name, or `lossless(policy)` for the name of a policy; options are its fields.
 
-    draft: the draft model of a method that needs one; others ignore it. Raises `ValueError` for an unknown name, a method
-    that does not decode, or a missing draft.
+    draft: the draft model of a method that needs one; others ignore it. Raises `ValueError` for an unknown name, a
+    method that does not decode, or a missing draft.
     """
     from pertoken.decode.lossless import lossless
     from pertoken.methods import load_methods

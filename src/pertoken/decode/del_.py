@@ -4,24 +4,24 @@ Source: Entezari Zarch et al., "DEL: Context-Aware Dynamic Exit Layer for Effici
 arXiv 2504.05598; the algorithm as the released code has it, re-implemented.
 
 The target drafts through its own first E layers and verifies with all L. After each verification the hidden states of
-every layer at the verified positions exist anyway; pushed through the final norm and head they give *shadow tokens*: what
-a draft at that layer would have been. Counts of shadow tokens that match the target, decayed by omega per round, give for
-each exit l an acceptance rate alpha_l, and the mean confidence on matches and mismatches a threshold tau_l. The next round
-drafts at the (E, d) that maximises tokens per layer-load
+every layer at the verified positions exist anyway; pushed through the final norm and head they give *shadow tokens*:
+what a draft at that layer would have been. Counts of shadow tokens that match the target, decayed by omega per round,
+give for each exit l an acceptance rate alpha_l, and the mean confidence on matches and mismatches a threshold tau_l.
+The next round drafts at the (E, d) that maximises tokens per layer-load
 
     TPL(E, d) = (1 - alpha_E^(d+1)) / (1 - alpha_E) / (L + d E)
 
 and stops early after a token whose confidence is below tau_E. Verification runs layers 1..E on the last drafted token
 only and the others on the whole block, so a round costs L + d E layer-loads.
 
-What differs from the release, which is right where they agree: an exit not yet seen has alpha 1/2 and tau 0 (there: 0 / 0,
-so such an exit drafted 18 tokens blindly); d* = 0 drafts nothing (there: always one token) and d* bounds the draft
+What differs from the release, which is right where they agree: an exit not yet seen has alpha 1/2 and tau 0 (there: 0 /
+0, so such an exit drafted 18 tokens blindly); d* = 0 drafts nothing (there: always one token) and d* bounds the draft
 (`bounded`; there it was computed and not used); d runs to `longest` itself; rows of a batch keep their own counts and
 thresholds and share one E, chosen from their summed TPL. When sampling, drafts are drawn with the request's own
 temperature and truncation.
 
-It loses on a model whose shallow layers were not trained to decode (no early-exit loss): alpha stays small, d* is 0, and
-what is left is the cost of the shadow pass.
+It loses on a model whose shallow layers were not trained to decode (no early-exit loss): alpha stays small, d* is 0,
+and what is left is the cost of the shadow pass.
 """
 
 from __future__ import annotations
@@ -108,9 +108,10 @@ class Controller:
 class DEL(Speculation):
     """Self-speculation through the target's first layers; exit layer and draft length chosen online.
 
-    longest: most tokens drafted in a round; omega: decay of the counts per round; calibration: prompt tokens counted before
-    the first round; probe: rounds between two shadow passes (1: every round, as in the paper); fixed: (exit, length) of a fixed baseline instead of the controller's choice; bounded: whether the
-    chosen length bounds the draft (False: only the confidence threshold does, as in the release).
+    longest: most tokens drafted in a round; omega: decay of the counts per round; calibration: prompt tokens counted
+    before the first round; probe: rounds between two shadow passes (1: every round, as in the paper); fixed: (exit,
+    length) of a fixed baseline instead of the controller's choice; bounded: whether the chosen length bounds the draft
+    (False: only the confidence threshold does, as in the release).
     """
 
     longest: int = 18
@@ -142,7 +143,8 @@ class DelSession(Session):
         self.exit, self.first, self.rounds = 1, True, 0
 
     def prefilled(self, states: list[Tensor], lengths: list[int]) -> None:
-        """Count the last prompt tokens: states `[row, token, width]` of every layer, lengths of the rows within them."""
+        """Count the last prompt tokens: states `[row, token, width]` of every layer, lengths of the rows within
+        them."""
         if self.settings.fixed is not None or not self.settings.calibration:
             return
         for row, length in enumerate(lengths):

@@ -19,9 +19,9 @@ Place = tuple[int, int]  # (row, node); node ROOT is the row's last committed to
 class ModelDrafter:
     """A model that reads the tree it is growing. Each node is read at most once, and only when its children are wanted.
 
-    Its cache holds the committed tokens it has read; a step's nodes are provisional until `accept` keeps the path. Tokens
-    that were committed without being read here (corrections, guesses of another source, leaves) are read first thing
-    when the next step asks for a root.
+    Its cache holds the committed tokens it has read; a step's nodes are provisional until `accept` keeps the path.
+    Tokens that were committed without being read here (corrections, guesses of another source, leaves) are read first
+    thing when the next step asks for a root.
     """
 
     def __init__(self, stack: Stack, rows: Sequence[Row], size: int):
@@ -49,7 +49,8 @@ class ModelDrafter:
         return self.context.stack.logits(self.context.feed(chains))
 
     def expand(self, rows: Sequence[Row], trees: Sequence[Tree], places: Sequence[Place]) -> Tensor:
-        """Logits `[place, vocabulary]` after these nodes; unread ancestors are read along. Roots must have been read."""
+        """Logits `[place, vocabulary]` after these nodes; unread ancestors are read along. Roots must have been
+        read."""
         queues: list[list[int]] = [[] for _ in trees]
         for row, node in places:
             seen = self.columns[row]

@@ -40,8 +40,8 @@ class Shape(ABC):
     def priority(self, reach: float, chance: float, depth: int, rank: int) -> float | None:
         """Priority of drawing the `rank`-th child at `depth`, None to refuse it.
 
-        reach: estimated probability that verification gets to this place; chance: the draw's own probability if it may be
-        used (greedy decoding, where the children need not be samples), else 1.
+        reach: estimated probability that verification gets to this place; chance: the draw's own probability if it may
+        be used (greedy decoding, where the children need not be samples), else 1.
         """
 
     def together(self, priority: float) -> float:
@@ -51,7 +51,8 @@ class Shape(ABC):
 
 @dataclass(frozen=True)
 class Economy:
-    """When growing pays: a node or a draft forward is worth it while it adds tokens faster than the step makes them now.
+    """When growing pays: a node or a draft forward is worth it while it adds tokens faster than the step makes them
+    now.
 
     verify and draft give seconds by tokens per row; overhead is the rest of a step, in seconds.
     """

@@ -1,4 +1,5 @@
-"""A fixed k-ary tree of guesses from a draft model, filled level by level (SpecInfer, arXiv 2305.09781, with one width)."""
+"""A fixed k-ary tree of guesses from a draft model, filled level by level (SpecInfer, arXiv 2305.09781, with one
+width)."""
 
 from __future__ import annotations
 

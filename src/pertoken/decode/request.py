@@ -35,8 +35,8 @@ class BadRequest(ValueError):
 def callers_streamer() -> Any:
     """The streamer given to the running `model.generate`, if any.
 
-    transformers 5.x shows the prompt to the streamer and then does not pass it on to a callable `custom_generate`; it is
-    a local of `generate`'s frame.
+    transformers 5.x shows the prompt to the streamer and then does not pass it on to a callable `custom_generate`; it
+    is a local of `generate`'s frame.
     """
     frame = sys._getframe(1)
     while frame is not None:
@@ -132,8 +132,9 @@ class Request:
         longest, limit = max(len(row.tokens) for row in self.rows), self.adapter.positions
         if longest + self.max_new > limit:
             raise BadRequest(
-                f"the prompt has {longest} tokens and {self.max_new} may be generated, {longest + self.max_new} in all; the "
-                f"model has {limit} positions. Shorten the prompt or lower max_new_tokens to {max(limit - longest, 0)}"
+                f"the prompt has {longest} tokens and {self.max_new} may be generated, "
+                f"{longest + self.max_new} in all; the model has {limit} positions. Shorten the prompt or lower "
+                f"max_new_tokens to {max(limit - longest, 0)}"
             )
 
     def _pad_token(self) -> int:

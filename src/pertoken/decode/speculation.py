@@ -1,9 +1,9 @@
 """The one loop of every decoder: propose -> constrain -> verify -> commit, over token trees and ragged rows.
 
 A decoder is a frozen dataclass that says how guesses are made (`session`); the loop does the rest: it reads the prompt,
-verifies all rows' trees in one forward of the target, commits token by token, compacts the cache once, and lets finished
-rows go. With any proposer the output is what plain generation gives: the same tokens when greedy, the same law when
-sampling.
+verifies all rows' trees in one forward of the target, commits token by token, compacts the cache once, and lets
+finished rows go. With any proposer the output is what plain generation gives: the same tokens when greedy, the same law
+when sampling.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from pertoken.decode.tree import Tree, TreeBatch
 from pertoken.decode.verify import Choice, Greedy, Sampling, Visit, Walk, verify
 from pertoken.models.adapter import adapter_for
 from pertoken.models.context import Context
-from pertoken.models.stack import Stack, best_stack, weights_version
+from pertoken.models.stack import Stack, best_stack, is_plain, weights_version
 
 SITE = "decode.step"
-_STACKS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Stack]] = weakref.WeakKeyDictionary()
+_STACKS: weakref.WeakKeyDictionary[nn.Module, dict[bool, tuple[Any, Stack]]] = weakref.WeakKeyDictionary()
 
 
 @dataclass
 class Stats:
-    """Counts of the last call. steps: target forwards; layer_loads: layers run, summed over forwards of the target's own
-    layers (a draft through the first E layers counts E); seconds: wall clock."""
+    """Counts of the last call. steps: target forwards; layer_loads: layers run, summed over forwards of the target's
+    own layers (a draft through the first E layers counts E); seconds: wall clock."""
 
     steps: int = 0
     tokens: int = 0
@@ -67,7 +67,8 @@ class Proposal:
 class Partial:
     """The target's first `layers` layers, already run on the first `tokens` tokens of the block (root included).
 
-    states: the outputs of those layers on those tokens, `[row, token, width]` each; their keys and values are in the cache.
+    states: the outputs of those layers on those tokens, `[row, token, width]` each; their keys and values are in the
+    cache.
     """
 
     layers: int
@@ -82,7 +83,8 @@ class Session(ABC):
     wants_states: bool = False
 
     def prefilled(self, states: list[Tensor], lengths: list[int]) -> None:
-        """The prompt was read: with `wants_states`, the outputs of all layers on its last chunk and each row's length there."""
+        """The prompt was read: with `wants_states`, the outputs of all layers on its last chunk and each row's length
+        there."""
         return None
 
     @abstractmethod
@@ -91,8 +93,8 @@ class Session(ABC):
 
     @abstractmethod
     def observe(self, proposal: Proposal, walks: list[Walk], logits: Tensor, states: list[Tensor]) -> None:
-        """Learn what became of the guesses. logits `[row, 1 + node, vocabulary]`; states: outputs of all target layers if
-        `wants_states`."""
+        """Learn what became of the guesses. logits `[row, 1 + node, vocabulary]`; states: outputs of all target layers
+        if `wants_states`."""
 
     @abstractmethod
     def select(self, rows: list[int]) -> None:
@@ -214,19 +216,19 @@ class Speculation(ABC):
 
 
 def stack_of(model: nn.Module) -> Stack:
-    """The best stack for the model as it is now; kept until its weights or hooks change."""
-    version = weights_version(model)
-    known = _STACKS.get(model)
-    if known is None or known[0] != version:
-        known = (version, best_stack(adapter_for(model)))
-        _STACKS[model] = known
-    return known[1]
+    """The best stack for the model as it is now; kept until its weights change, for the hooked and the plain model."""
+    version, kept = weights_version(model), _STACKS.setdefault(model, {})
+    plain = is_plain(model)
+    if plain not in kept or kept[plain][0] != version:
+        kept[plain] = (version, best_stack(adapter_for(model)))
+    return kept[plain][1]
 
 
 def _target_logits(
     target: Context, rows: Sequence[Row], batch: TreeBatch, partial: Partial | None, keep_states: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """Logits `[row, 1 + node, vocabulary]` of the root and every node, in one forward; and all layers' outputs if asked."""
+    """Logits `[row, 1 + node, vocabulary]` of the root and every node, in one forward; and all layers' outputs if
+    asked."""
     stack, cache, device = target.stack, target.cache, target.device
     last = torch.tensor([len(row.tokens) - 1 for row in rows], device=device)
     roots = torch.tensor([row.tokens[-1] for row in rows], device=device)

@@ -15,9 +15,10 @@ ROOT = -1
 class Tree:
     """One row's guesses below its last committed token (the root, not stored).
 
-    Node `i` has a token, a parent (`ROOT` or an earlier node), a value (its expected contribution to the accepted length
-    when it was drawn), a source (index into `core.decision.SOURCES`), and a depth (1 below the root). Siblings were drawn
-    in index order. `sure` marks a node that was proposed outright rather than drawn from its parent's distribution.
+    Node `i` has a token, a parent (`ROOT` or an earlier node), a value (its expected contribution to the accepted
+    length when it was drawn), a source (index into `core.decision.SOURCES`), and a depth (1 below the root). Siblings
+    were drawn in index order. `sure` marks a node that was proposed outright rather than drawn from its parent's
+    distribution.
     """
 
     tokens: list[int] = field(default_factory=list)

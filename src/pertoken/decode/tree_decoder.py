@@ -29,14 +29,14 @@ def check_vocabularies(draft: Any, target: Context) -> None:
     mine, theirs = draft.config, target.stack.adapter.config
     if mine.vocab_size != theirs.vocab_size:
         raise BadRequest(
-            f"the draft has a vocabulary of {mine.vocab_size} tokens, the target {theirs.vocab_size}; speculation needs one "
-            "tokenizer for both: take a draft of the same family, or none (prompt_lookup, del)"
+            f"the draft has a vocabulary of {mine.vocab_size} tokens, the target {theirs.vocab_size}; speculation "
+            "needs one tokenizer for both: take a draft of the same family, or none (prompt_lookup, del)"
         )
     ends = [getattr(c, "eos_token_id", None) for c in (mine, theirs)]
     if None not in ends and ends[0] != ends[1]:
         raise BadRequest(
-            f"the draft ends text with token {ends[0]}, the target with {ends[1]}: their tokenizers differ. Take a draft "
-            "that was trained with the target's tokenizer"
+            f"the draft ends text with token {ends[0]}, the target with {ends[1]}: their tokenizers differ. Take a "
+            "draft that was trained with the target's tokenizer"
         )
 
 
@@ -58,7 +58,8 @@ class TreeDecoder(Speculation):
         shape = self.shape()
         if shape.size < 1:
             raise BadRequest(
-                f"a tree of {shape.size} nodes guesses nothing; give at least 1, or use the 'full' decoder for plain decoding"
+                f"a tree of {shape.size} nodes guesses nothing; give at least 1, or use the 'full' decoder for plain "
+                "decoding"
             )
         drafter = None
         if self.draft is not None:

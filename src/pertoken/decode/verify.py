@@ -1,9 +1,10 @@
 """Verification: walk each row's tree with the target's distributions and commit one token per visited node.
 
-At a node the target's scores are processed as plain generation would process them there, a token is chosen, and the walk
-goes on into the child that carries it, if there is one. Greedy choice takes the most likely token. Sampling is exact
-multi-draft rejection sampling: children are tried in the order they were drawn; child y, drawn from q, is accepted with
-probability min(1, R[y] / q[y]); a rejected child leaves R <- norm(max(R - q, 0)) and its token out of the next q.
+At a node the target's scores are processed as plain generation would process them there, a token is chosen, and the
+walk goes on into the child that carries it, if there is one. Greedy choice takes the most likely token. Sampling is
+exact multi-draft rejection sampling: children are tried in the order they were drawn; child y, drawn from q, is
+accepted with probability min(1, R[y] / q[y]); a rejected child leaves R <- norm(max(R - q, 0)) and its token out of the
+next q.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from pertoken.decode.tree import ROOT, Tree
 
 @dataclass
 class Walk:
-    """What became of one row's tree: accepted nodes in order, and every committed token (accepted ones, then one more)."""
+    """What became of one row's tree: accepted nodes in order, and every committed token (accepted ones, then one
+    more)."""
 
     path: list[int] = field(default_factory=list)
     committed: list[int] = field(default_factory=list)
@@ -103,8 +105,8 @@ def _check_finite(best: Tensor, visits: Sequence[Visit]) -> None:
         index = int((~good).nonzero()[0])
         row = visits[index].row
         raise BadRequest(
-            f"the model gave {float(best[index])} as its best logit for row {row.number} after {len(row.tokens)} tokens; "
-            "logits must be finite. Check the weights and the dtype (fp16 overflows: try bf16 or fp32)"
+            f"the model gave {float(best[index])} as its best logit for row {row.number} after {len(row.tokens)} "
+            "tokens; logits must be finite. Check the weights and the dtype (fp16 overflows: try bf16 or fp32)"
         )
 
 

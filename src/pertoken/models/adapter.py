@@ -6,6 +6,7 @@ Everything that knows how a family spells its modules is here. To add a family: 
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
@@ -23,8 +24,16 @@ class Adapter(ABC):
     model_types: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: nn.Module):
-        self.model = model
+        self._model = weakref.ref(model)
         self.config: Any = model.config
+
+    @property
+    def model(self) -> Any:
+        """The model, which whoever runs it keeps alive: what is cached about a model must not."""
+        model = self._model()
+        if model is None:
+            raise ReferenceError("the model of this adapter is gone; make an adapter for a model that is still in use")
+        return model
 
     @property
     @abstractmethod
@@ -171,7 +180,7 @@ def adapter_for(model: Any) -> Adapter:
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if kind not in _ADAPTERS or not hasattr(model, "lm_head"):
         raise UnknownFamily(
-            f"model family {kind!r} ({type(model).__name__}) has no adapter; families with one: {', '.join(families())}. "
-            "Load it as a causal language model of one of these, or add an adapter in pertoken/models/adapter.py"
+            f"model family {kind!r} ({type(model).__name__}) has no adapter; families with one: {', '.join(families())}"
+            ". Load it as a causal language model of one of these, or add an adapter in pertoken/models/adapter.py"
         )
     return _ADAPTERS[kind](model)

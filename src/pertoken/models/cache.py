@@ -1,8 +1,8 @@
 """Key/value cache for ragged rows and token trees: one buffer for all layers, written in place, compacted in one move.
 
-Columns `0..base` hold committed tokens (with `valid` False where a row has padding or a hole); columns from `base` on are
-provisional: they hold the nodes of a tree until `commit` keeps the accepted path of each row. Positions are stored per
-column, so that a hole costs nothing but memory; `commit` closes holes when they pass a quarter of the columns.
+Columns `0..base` hold committed tokens (with `valid` False where a row has padding or a hole); columns from `base` on
+are provisional: they hold the nodes of a tree until `commit` keeps the accepted path of each row. Positions are stored
+per column, so that a hole costs nothing but memory; `commit` closes holes when they pass a quarter of the columns.
 """
 
 from __future__ import annotations
@@ -64,8 +64,9 @@ class TreeCache:
     def mask(self, allow: Tensor | None, window: int | None = None) -> Tensor | None:
         """Additive mask `[row, 1, query, column]` for queries in the open columns, None if every query sees everything.
 
-        allow `[row, query, provisional column]` bool says which columns from `base` on each query sees (itself included);
-        None stands for a chain of one query. All valid committed columns are seen; `window` limits by position.
+        allow `[row, query, provisional column]` bool says which columns from `base` on each query sees (itself
+        included); None stands for a chain of one query. All valid committed columns are seen; `window` limits by
+        position.
         """
         stop, queries = self.columns.stop, self.columns.stop - self.columns.start
         if self.dense and allow is None and window is None:

@@ -1,4 +1,5 @@
-"""Context: a stack and its cache over the active rows of one request, fed with committed chains and trees of guesses."""
+"""Context: a stack and its cache over the active rows of one request, fed with committed chains and trees of
+guesses."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ class Context:
     def feed(self, chains: Sequence[Sequence[int]], states: list[Tensor] | None = None) -> Tensor:
         """Read one chain of committed tokens per row (ragged, at least one somewhere) and keep them.
 
-        states: filled with every layer's output on the last chunk, `tail_lengths` tokens of each row. Returns the un-normed hidden state `[row, width]` of each row's last token; a row without tokens gets zeros.
+        states: filled with every layer's output on the last chunk, `tail_lengths` tokens of each row. Returns the
+        un-normed hidden state `[row, width]` of each row's last token; a row without tokens gets zeros.
         """
         last = None
         longest = max(map(len, chains))

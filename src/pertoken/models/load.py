@@ -19,15 +19,27 @@ def resolve(name: str) -> str:
     return name
 
 
-def load(name: str, dtype: str | torch.dtype = "auto") -> tuple[Any, Any]:
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        wanted = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        torch.empty(0, device=wanted)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device {str(device)!r} is not to be had here; choose cpu, or auto for what there is"
+        ) from error
+    return wanted
+
+
+def load(name: str, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu") -> tuple[Any, Any]:
     """Model (in evaluation mode) and tokenizer. Raises `ValueError` naming what was looked for if there is none.
 
-    dtype: "fp32", "bf16", "fp16", "auto" (as stored), or a torch dtype.
+    dtype: "fp32", "bf16", "fp16", "auto" (as stored), or a torch dtype; device: "auto" is the GPU where there is one.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+    where_to = _device(device)
     path = resolve(name)
     local = Path(path).is_dir()
     try:
@@ -41,4 +53,4 @@ def load(name: str, dtype: str | torch.dtype = "auto") -> tuple[Any, Any]:
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.eval(), tokenizer
+    return model.eval().to(where_to), tokenizer

@@ -185,12 +185,11 @@ class FusedStack(Stack):
 
 
 def weights_version(model: torch.nn.Module) -> tuple[object, ...]:
-    """Changes whenever a weight is written or replaced, a hook comes or goes, or a policy is attached."""
-    weights = tuple((p.data_ptr(), p._version) for p in model.parameters())
-    return (weights, active(model), _plain(model))
+    """Changes whenever a weight is written or replaced."""
+    return tuple((p.data_ptr(), p._version) for p in model.parameters())
 
 
-def _plain(model: torch.nn.Module) -> bool:
+def is_plain(model: torch.nn.Module) -> bool:
     """No hook, no instance-level forward, no attachment anywhere on the model."""
     if active(model):
         return False
@@ -230,7 +229,7 @@ def _agree(one: Stack, other: Stack) -> bool:
 def best_stack(adapter: Adapter) -> Stack:
     """The fused stack where it applies and agrees with the modules, else the modules."""
     modules = ModuleStack(adapter)
-    if not (_fusable(adapter) and _plain(adapter.model)):
+    if not (_fusable(adapter) and is_plain(adapter.model)):
         return modules
     fused = FusedStack(adapter)
     return fused if _agree(modules, fused) else modules

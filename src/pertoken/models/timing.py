@@ -21,7 +21,8 @@ _MEASURED: weakref.WeakKeyDictionary[Stack, dict[tuple[int, int], StepTime]] = w
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a forward with `widths[i]` tokens per row, interpolated between and extended past the measured ones."""
+    """Seconds of a forward with `widths[i]` tokens per row, interpolated between and extended past the measured
+    ones."""
 
     widths: tuple[int, ...]
     seconds: tuple[float, ...]

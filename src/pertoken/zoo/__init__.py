@@ -11,6 +11,13 @@ def model_path(name: str) -> Path:
     """Directory of a zoo model in Hugging Face format, ready for `from_pretrained`."""
     path = WEIGHTS / name
     if not (path / "config.json").exists():
+        from pertoken.zoo.recipe import RECIPES
+
+        if name in RECIPES:
+            raise ValueError(
+                f"zoo model {name!r} has no weights here; train it with `pertoken zoo train {name} --out runs` and give "
+                f"the directory runs/{name}/model instead of zoo:{name}"
+            )
         known = sorted(p.parent.name for p in WEIGHTS.glob("*/config.json"))
         raise ValueError(f"zoo model {name!r} is unknown; choose one of {', '.join(known) or '(none installed)'}")
     return path

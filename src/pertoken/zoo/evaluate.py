@@ -1,4 +1,5 @@
-"""How good the zoo is on files it never saw: loss, bits per byte, agreement of draft and target, and whether it loops."""
+"""How good the zoo is on files it never saw: loss, bits per byte, agreement of draft and target, and whether it
+loops."""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ BITS = 12  # bits per token id: five ids fit one 64-bit key
 
 
 class NGramModel:
-    """Counts of 1..order-grams of a token stream; p(w|h) = (c(hw) + t(h) p(w|h')) / (c(h) + t(h)), t(h) distinct successors."""
+    """Counts of 1..order-grams of a token stream; p(w|h) = (c(hw) + t(h) p(w|h')) / (c(h) + t(h)), t(h) distinct
+    successors."""
 
     def __init__(self, stream: np.ndarray, order: int = 5):
         if stream.max() >= 1 << BITS:

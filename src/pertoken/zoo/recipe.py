@@ -43,7 +43,9 @@ class Recipe:
 
     `exit_scale` weighs the early-exit losses against the final one and `layer_dropout` is the drop rate of the last
     layer, growing exponentially from 0 at the first (LayerSkip, arXiv 2404.16710); `teacher` names the zoo model whose
-    distribution the model is distilled from, mixed with the plain loss by `distil`.
+    distribution the model is distilled from, mixed with the plain loss by `distil`. The last `unlikelihood_steps` steps
+    add `unlikelihood_scale` times sequence-level unlikelihood, at rates that fall from `unlikelihood_lr` times the
+    peak.
     """
 
     shape: Shape
@@ -59,8 +61,11 @@ class Recipe:
     layer_dropout: float = 0.0
     teacher: str | None = None
     distil: float = 0.0
+    unlikelihood_steps: int = 0
+    unlikelihood_scale: float = 16.0
+    unlikelihood_lr: float = 0.9
     seed: int = 20261124
-    evaluate_every: int = 250
+    evaluate_every: int = 100
     save_every: int = 100
 
 
@@ -70,7 +75,8 @@ class Zoo:
         default_factory=lambda: {
             "code-target": Recipe(
                 Shape(layers=12, width=256, heads=4, kv_heads=2, ffn=704),
-                steps=2600,
+                steps=3540,
+                unlikelihood_steps=940,
                 exit_scale=1.5,
                 layer_dropout=0.1,
             ),

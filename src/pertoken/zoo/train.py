@@ -11,6 +11,7 @@ import ctypes.util
 import hashlib
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -26,8 +27,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pertoken.zoo import corpus
+from pertoken.zoo import corpus, model_path
 from pertoken.zoo.recipe import RECIPES, Recipe
+from pertoken.zoo.unlikelihood import greedy_continuations, in_repeats, unlikelihood
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 
@@ -87,12 +89,15 @@ class LayerSkipForward(nn.Module):
         return inner.norm(torch.cat([chosen, hidden[None]]))
 
 
-def make_tokenizer(directory: Path, vocab: int) -> Tokenizer:
-    """The zoo's tokenizer from `directory`, trained and saved there first if it is not there yet."""
+def make_tokenizer(directory: Path, recipe: Recipe) -> Tokenizer:
+    """The tokenizer in `directory`; if there is none yet, the packaged teacher's or else a new one is put there."""
     path = directory / "tokenizer.json"
     if not path.exists():
         directory.mkdir(parents=True, exist_ok=True)
-        corpus.train_tokenizer(list(corpus.split_texts("train").values()), vocab).save(str(path))
+        if recipe.teacher is not None:
+            shutil.copy(model_path(recipe.teacher) / "tokenizer.json", path)
+        else:
+            corpus.train_tokenizer(list(corpus.split_texts("train").values()), recipe.shape.vocab).save(str(path))
     return Tokenizer.from_file(str(path))
 
 
@@ -114,8 +119,12 @@ def save_pretrained(model: LlamaForCausalLM, tokenizer: Tokenizer, directory: Pa
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
-    """Factor on the peak rates: linear warm-up, flat, then linear decay to 2 % over the last `decay_fraction`."""
-    left = (recipe.steps - step) / max(recipe.decay_fraction * recipe.steps, 1)
+    """Factor on the peak rates: linear warm-up, flat, then linear decay to 2 % over the last `decay_fraction`, and once
+    more from `unlikelihood_lr` to 2 % of that over the steps with unlikelihood."""
+    plain = recipe.steps - recipe.unlikelihood_steps
+    if step >= plain:
+        return recipe.unlikelihood_lr * max((recipe.steps - step) / recipe.unlikelihood_steps, 0.02)
+    left = (plain - step) / max(recipe.decay_fraction * plain, 1)
     return min((step + 1) / recipe.warmup, 1.0, max(left, 0.02))
 
 
@@ -126,7 +135,7 @@ class Run:
         self.name, self.directory = name, directory
         self.recipe = recipe or RECIPES[name]
         directory.mkdir(parents=True, exist_ok=True)
-        self.tokenizer = make_tokenizer(directory.parent / "tokenizer", self.recipe.shape.vocab)
+        self.tokenizer = make_tokenizer(directory.parent / "tokenizer", self.recipe)
         self.stream = corpus.token_stream(self.tokenizer, list(corpus.split_texts("train").values()))
         self.heldout = corpus.token_stream(self.tokenizer, list(corpus.split_texts("heldout").values()))
         torch.manual_seed(self.recipe.seed)
@@ -140,8 +149,6 @@ class Run:
     def _load_teacher(self) -> LlamaForCausalLM | None:
         if self.recipe.teacher is None:
             return None
-        from pertoken.zoo import model_path
-
         own = self.directory.parent / self.recipe.teacher / "model"
         path = own if own.exists() else model_path(self.recipe.teacher)
         return LlamaForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
@@ -187,6 +194,8 @@ class Run:
             total = recipe.distil * kl + (1 - recipe.distil) * final
         if losses:
             total = total + recipe.exit_scale * torch.stack(losses).mean()
+        if self.step >= recipe.steps - recipe.unlikelihood_steps:
+            total = total + recipe.unlikelihood_scale * unlikelihood(self.model, tokens[:, :192].reshape(-1, 96))
         return total, float(final.detach())
 
     @torch.inference_mode()
@@ -207,7 +216,13 @@ class Run:
                     sums[i] += F.cross_entropy(logits, tokens[:, 1:].flatten())
             count += 1
         means = (sums / count).tolist()
-        return {"heldout": means[-1], **{f"exit_{i + 1}": m for i, m in zip(exits.tolist(), means, strict=False)}}
+        prefixes = torch.from_numpy(order[:32, :96].astype(np.int64))
+        repeated = in_repeats(greedy_continuations(self.model, prefixes, 96)).float().mean()
+        return {
+            "heldout": means[-1],
+            "in_repeats": float(repeated),
+            **{f"exit_{i + 1}": m for i, m in zip(exits.tolist(), means, strict=False)},
+        }
 
     def save(self) -> None:
         """Write weights, optimizer tensors, step and curve, so that an interrupted write loses nothing."""
@@ -248,18 +263,19 @@ class Run:
         self.step, self.curve, self.seconds = about["step"], about["curve"], about["seconds"]
         return True
 
-    def train(self, console: Console | None = None) -> None:
-        """Train to the recipe's last step; on Ctrl-C save and raise `RunInterrupted`."""
+    def train(self, console: Console | None = None, until: int | None = None) -> None:
+        """Train to the recipe's last step, or to step `until`; on Ctrl-C save and raise `RunInterrupted`."""
         recipe = self.recipe
+        end = min(until or recipe.steps, recipe.steps)
         keep_freed_memory()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         started = time.perf_counter() - self.seconds
         running = math.nan
         with Progress(*columns, console=console or Console(stderr=True)) as progress:
-            task = progress.add_task(self.name, total=recipe.steps, completed=self.step)
+            task = progress.add_task(self.name, total=end, completed=self.step)
             batches = self.batches()
             try:
-                while self.step < recipe.steps:
+                while self.step < end:
                     generator = torch.Generator().manual_seed(recipe.seed + self.step)
                     for optimizer, peak in zip(self.optimizers, (recipe.lr, recipe.embedding_lr), strict=True):
                         optimizer.param_groups[0]["lr"] = peak * learning_rate(self.step, recipe)
@@ -274,15 +290,15 @@ class Run:
                     self.seconds = time.perf_counter() - started
                     running = plain if math.isnan(running) else 0.98 * running + 0.02 * plain
                     progress.update(task, advance=1, description=f"{self.name} loss {running:.3f}")
-                    if self.step % recipe.evaluate_every == 0 or self.step == recipe.steps:
+                    if self.step % recipe.evaluate_every == 0 or self.step == end:
                         point = {"step": self.step, "train": running, "seconds": round(self.seconds, 1)}
                         self.curve.append(point | self.evaluate())
                         progress.console.print(json.dumps(self.curve[-1]))
-                    if self.step % recipe.save_every == 0 or self.step == recipe.steps:
+                    if self.step % recipe.save_every == 0 or self.step == end:
                         self.save()
             except KeyboardInterrupt:
                 self.save()
-                raise RunInterrupted(f"stopped at step {self.step} of {recipe.steps}; run again to go on") from None
+                raise RunInterrupted(f"stopped at step {self.step} of {end}; run again to go on") from None
 
     def export(self) -> Path:
         """Write the trained model in bf16 Hugging Face format; returns its directory."""

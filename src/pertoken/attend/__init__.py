@@ -1,0 +1,1 @@
+"""Which tokens does it read?"""

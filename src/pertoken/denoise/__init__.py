@@ -1,0 +1,1 @@
+"""When is a position committed, when refreshed?"""

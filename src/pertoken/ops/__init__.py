@@ -1,0 +1,1 @@
+"""Hot kernels, each defined by a naive twin."""
