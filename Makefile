@@ -19,7 +19,7 @@ test: setup
 	$(BIN)/python -m pytest
 
 bench: setup
-	$(BIN)/pertoken bench dyspec del --results results
+	$(BIN)/pertoken bench dyspec del lossless --results results
 
 lint: setup
 	$(BIN)/ruff check .

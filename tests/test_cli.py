@@ -214,7 +214,7 @@ def test_run_passes_its_options_on_and_prints_json_alone(toy, monkeypatch):
     )
     assert found.exit_code == 0, found.output
     assert asked == [
-        (["toy", "toy+other"], "m", "d", ["one", "two"], Options(9, 0.5, 0.9, 7, "fp32", "generate", 3, 2))
+        (["toy", "toy+other"], "m", "d", ["one", "two"], Options(9, 0.5, 0.9, 7, "fp32", "auto", "generate", 3, 2))
     ]
     printed = json.loads(found.stdout)
     assert printed["runs"][0]["speedup"] == 2.0 and printed["outputs"] == {"toy": ["y [bold]"]}

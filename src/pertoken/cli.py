@@ -373,6 +373,32 @@ def zoo_train(
     print(f"model: {training.export()}", file=sys.stderr)
 
 
+@zoo_app.command("measure")
+def zoo_measure(as_json: AsJson = False, results: Results = None) -> None:
+    """Measure the packaged models on held-out files (loss, agreement, repetition, speed) into results/zoo.json.
+
+    Example: pertoken zoo measure
+    """
+    from pertoken.bench import results as kept
+    from pertoken.zoo.evaluate import evaluate
+
+    with progress() as status:
+        found = evaluate("code-target", "code-draft", status)
+    document = {"date": kept.now(), "versions": kept.versions(), "machine": kept.machine(), **found}
+    path = kept.write("zoo", document, kept.results_dir(results))
+    print(f"kept in {path}", file=sys.stderr)
+    if as_json:
+        print_json(document)
+        return
+    rows = table("what", "value")
+    for name, value in found.items():
+        for part, figure in value.items() if isinstance(value, dict) else [("", value)]:
+            rows.add_row(
+                f"{name} {part}".strip(), f"{figure:.4g}" if isinstance(figure, float) else escaped(str(figure))
+            )
+    console().print(rows)
+
+
 def main() -> None:
     """The `pertoken` command."""
     app()

@@ -85,7 +85,7 @@ def test_what_a_trace_is_about(decoders):
     prompts = ["x = 1", "for i in"]
     found = compare(["right"], "toy", None, prompts, small())
     full, right = found.traces
-    assert set(right.about) == {"method", "model", "rows", "runs"}
+    assert set(right.about) == {"method", "model", "rows", "runs", "vocabulary"}
     assert (full.about["method"], right.about["method"], right.about["model"]) == ("full", "right", "toy")
     for prompt, row, output in zip(prompts, right.about["rows"], found.outputs["right"], strict=True):
         assert "".join(row["prompt"]) == prompt

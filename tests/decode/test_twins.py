@@ -141,7 +141,8 @@ def test_a_leaf_never_costs_a_draft_forward():
 
 @pytest.mark.parametrize("seed", range(6))
 def test_greedy_growth_takes_the_most_likely_paths_of_all(seed):
-    """Greedy decoding may look at the draws before it chooses: the tree is then the `size` likeliest paths there are."""
+    """Greedy decoding may look at the draws before it chooses: the tree is then the `size` likeliest paths there
+    are."""
     vocab, size = 3, 6
     law = random_law(400 + seed, vocab)
     every = {

@@ -284,7 +284,8 @@ def shift(module, inputs, output):
 
 @pytest.mark.parametrize("where", HOOKED)
 def test_forward_hooks_act_and_go(where):
-    """Output under a hook is that of plain generation under it, or the request is refused; afterwards all is as before."""
+    """Output under a hook is that of plain generation under it, or the request is refused; afterwards all is as
+    before."""
     model, decoder = llama(), make("prompt_lookup")
     _, before = outputs_agree(model, decoder)
     handle = model.get_submodule(where).register_forward_hook(shift)

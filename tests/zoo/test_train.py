@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import asdict, replace
@@ -225,7 +226,7 @@ def test_schedules():
     recipe = replace(TINY, steps=100, warmup=10, decay_fraction=0.4)
     rates = [learning_rate(step, recipe) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9:60] == [1.0] * 51
-    assert all(a >= b for a, b in zip(rates[60:], rates[61:], strict=False)) and 0.02 <= rates[-1] <= 0.03
+    assert all(a >= b for a, b in itertools.pairwise(rates[60:])) and 0.02 <= rates[-1] <= 0.03
     recipe = replace(recipe, steps=140, unlikelihood_steps=40, unlikelihood_lr=0.3)
     assert [learning_rate(step, recipe) for step in range(100)] == rates, "what comes after must not change what was"
     tail = [learning_rate(step, recipe) for step in range(100, 140)]
@@ -284,9 +285,11 @@ def test_unlikelihood_is_the_loss_of_the_loops():
                 count += 1
                 if marked[i]:
                     ids = torch.tensor([[*prefix.tolist(), *row[:i]]])
-                    p = float(model(ids).logits[0, -1].softmax(-1)[token])
-                    total -= math.log(1 - min(p, 1 - 1e-4))
-    loss = unlikelihood(model, prefixes, new, n)
+                    out = model(ids, output_hidden_states=True)
+                    p = float(out.logits[0, -1].softmax(-1)[token])
+                    early = model.lm_head(model.model.norm(out.hidden_states[1][0, -1]))
+                    total -= (1 - float(early.softmax(-1)[token])) * math.log(1 - min(p, 1 - 1e-4))
+    loss = unlikelihood(model, prefixes, new, n).detach()
     assert total > 0, "nothing repeats: the case says nothing"
     assert float(loss) == pytest.approx(total / count, rel=1e-3)
 
@@ -328,16 +331,6 @@ def test_losses_are_the_cross_entropy_of_the_model_and_its_exits():
         early = model.lm_head(model.model.norm(out.hidden_states[1])).flatten(0, 1)
         assert found["exit_1"] == pytest.approx(float(F.cross_entropy(early, labels)), rel=1e-5)
         assert set(found) == {"loss", "exit_1", "exit_2"}
-
-
-def test_an_exit_behind_the_last_layer_is_the_model():
-    """The states that transformers returns are normed after the last layer; they must not be normed once more."""
-    model = small_model()
-    with torch.no_grad():
-        model.model.norm.weight.normal_(1.0, 0.5)
-    stream = np.random.default_rng(0).integers(0, 61, 200).astype(np.uint16)
-    found = evaluate.losses(model, stream, length=16, exits=(2,))
-    assert found["exit_2"] == pytest.approx(found["loss"], rel=1e-5)
 
 
 def test_agreement_is_a_share():

@@ -157,7 +157,8 @@ _CLAIMS: dict[tuple[str, str], Claim] = {}
 def claim(
     method: str, *, claim: str, metric: str, expected: str, compare: str = "ratio", shown: bool = False
 ) -> Callable[[Callable[[Bench], Measurement]], Callable[[Bench], Measurement]]:
-    """Register a function that measures a claim of `method`; those `shown` stand in the README's table. Raises `ValueError` for a malformed or repeated claim."""
+    """Register a function that measures a claim of `method`; those `shown` stand in the README's table. Raises
+    `ValueError` for a malformed or repeated claim."""
     Expected.parse(expected)
     if compare not in COMPARISONS:
         raise ValueError(f"compare={compare!r} is unknown; choose one of {', '.join(COMPARISONS)}")

@@ -20,6 +20,7 @@ from torch import Tensor
 from pertoken.core import cost
 from pertoken.core.attach import attach
 from pertoken.core.card import Card, card
+from pertoken.core.decision import Commit
 from pertoken.core.trace import Trace
 from pertoken.methods import load_methods
 
@@ -28,7 +29,8 @@ PLAIN = "generate"
 
 @dataclass(frozen=True)
 class Options:
-    """How to generate. temperature 0 is greedy; dtype and device as in `models.load`; batch: prompts generated together."""
+    """How to generate. temperature 0 is greedy; dtype and device as in `models.load`; batch: prompts generated
+    together."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -220,7 +222,8 @@ def compare(
         comparison.outputs[side.name] = tokenizer.batch_decode(side.rows, skip_special_tokens=True)
         trace = traces[side.name]
         if trace is not None and trace.steps:
-            trace.about |= about(side, comparison, tokenizer, batches[0])
+            runs = [asdict(run) for run in comparison.runs]
+            trace.about |= {"method": side.name, "model": model_name, "runs": runs}
             comparison.traces.append(trace)
     return comparison
 
@@ -302,8 +305,9 @@ def _time(
 
 
 def _count(side: Side, model: Any, tokenizer: Any, batches: list, options: Options) -> tuple[int, Trace | None]:
-    """Operations of one pass, and the trace of its first batch."""
+    """Operations of one pass, and the trace of its first batch with the texts of that very pass."""
     traces: list[Trace] = []
+    rows: list[list[int]] = []
     kept = (side.steps, side.peak_bytes)
 
     def work() -> None:
@@ -311,11 +315,16 @@ def _count(side: Side, model: Any, tokenizer: Any, batches: list, options: Optio
             with ExitStack() as stack:
                 if side.decoder is not None and number == 0:
                     traces.append(stack.enter_context(side.decoder.record()))
-                _generate(side, model, tokenizer, batch, options)
+                made = _generate(side, model, tokenizer, batch, options)
+            if number == 0:
+                rows.extend(made)
 
     flops = cost.count_flops(work)
     side.steps, side.peak_bytes = kept
-    return flops, traces[0] if traces else None
+    if not traces:
+        return flops, None
+    traces[0].about |= texts(traces[0], tokenizer, batches[0], rows)
+    return flops, traces[0]
 
 
 def _figures(sides: list[Side], seconds: dict[str, float], flops: dict[str, int], options: Options) -> list[Run]:
@@ -338,15 +347,16 @@ def _figures(sides: list[Side], seconds: dict[str, float], flops: dict[str, int]
     ]
 
 
-def about(side: Side, comparison: Comparison, tokenizer: Any, batch: dict[str, Tensor]) -> dict[str, Any]:
-    """What a reader needs to draw the trace of one side: the texts of the first batch in pieces, and all runs."""
+def texts(trace: Trace, tokenizer: Any, batch: dict[str, Tensor], outputs: list[list[int]]) -> dict[str, Any]:
+    """What a reader needs to draw a trace: prompts and outputs in pieces, and the text of every token guessed."""
     masks, prompts = batch["attention_mask"].bool(), batch["input_ids"]
     rows = [
         {"prompt": pieces(tokenizer, ids[mask].tolist()), "output": pieces(tokenizer, output)}
-        for ids, mask, output in zip(prompts, masks, side.rows[: len(prompts)], strict=True)
+        for ids, mask, output in zip(prompts, masks, outputs, strict=True)
     ]
-    runs = [asdict(run) for run in comparison.runs]
-    return {"method": side.name, "model": comparison.model, "rows": rows, "runs": runs}
+    commits = [step.decision for step in trace.steps if isinstance(step.decision, Commit)]
+    guessed = sorted({token for commit in commits for token in commit.tokens[commit.valid].tolist()})
+    return {"rows": rows, "vocabulary": {str(token): tokenizer.decode([token]) for token in guessed}}
 
 
 def pieces(tokenizer: Any, ids: list[int]) -> list[str]:

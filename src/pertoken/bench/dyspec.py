@@ -237,8 +237,6 @@ def threshold_keeps_up(bench: Bench) -> Measurement:
     compare="value",
 )
 def values_predict(bench: Bench) -> Measurement:
-    from scipy.stats import spearmanr
-
     models, decoder = suite.pair(bench), tree(suite.pair(bench), size=32, ngrams=0)
     values, accepted = [], []
     for part in suite.chunks(suite.texts(bench, 40, 8), 8):
@@ -249,7 +247,9 @@ def values_predict(bench: Bench) -> Measurement:
             accepted.append(step.decision.accepted[step.decision.valid])
     value, hit = torch.cat(values), torch.cat(accepted).float()
     tenths = [hit[part].mean().item() for part in value.argsort().tensor_split(10)]
-    return Measurement(float(spearmanr(range(10), tenths)[0]), "none", 0.0, len(value), {"acceptance by tenth": tenths})
+    ranks = torch.tensor(tenths).argsort().argsort().double()
+    correlation = float(torch.corrcoef(torch.stack([torch.arange(10).double(), ranks]))[0, 1])
+    return Measurement(correlation, "none", 0.0, len(value), {"acceptance by tenth": tenths})
 
 
 def contenders(bench: Bench) -> dict[str, list[suite.Side]]:

@@ -8,7 +8,7 @@ tokens of a tree is the sum over its nodes u of  prod_ancestors D[a] * prod_earl
 reached with estimated probability v whose next draw has probability R[y] opens a child place with v R[y] and a sibling
 place with v (1 - R[y]); taking the place of largest v first maximises the sum of the v taken, at any size. (The paper
 says it maximises the expected accepted length, the sum of v R[y]. It need not: on 300 small random cases it missed the
-best tree in about half, by 2 % on average.)
+best tree in 44 %, by 2 % on average.)
 
 Two constructions:
 

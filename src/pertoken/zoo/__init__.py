@@ -15,8 +15,8 @@ def model_path(name: str) -> Path:
 
         if name in RECIPES:
             raise ValueError(
-                f"zoo model {name!r} has no weights here; train it with `pertoken zoo train {name} --out runs` and give "
-                f"the directory runs/{name}/model instead of zoo:{name}"
+                f"zoo model {name!r} has no weights here; train it with `pertoken zoo train {name} --out runs` and "
+                f"give the directory runs/{name}/model instead of zoo:{name}"
             )
         known = sorted(p.parent.name for p in WEIGHTS.glob("*/config.json"))
         raise ValueError(f"zoo model {name!r} is unknown; choose one of {', '.join(known) or '(none installed)'}")

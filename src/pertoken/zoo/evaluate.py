@@ -78,7 +78,10 @@ def greedy_outputs(model: Any, tokenizer: Any, texts: list[str], new: int = 128,
 
 def evaluate(target: str, draft: str, status: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """Every figure of a target and its draft (zoo names), on the held-out files of the running interpreter."""
+    from pertoken.models.adapter import adapter_for
     from pertoken.models.load import load
+    from pertoken.models.stack import best_stack
+    from pertoken.models.timing import step_time
 
     (model, tokenizer), (small, _) = load(f"zoo:{target}", "fp32"), load(f"zoo:{draft}", "fp32")
     texts = list(corpus.split_texts("heldout").values())
@@ -93,8 +96,12 @@ def evaluate(target: str, draft: str, status: Callable[[str], None] = lambda tex
     status(f"held-out loss of {draft}")
     little = losses(small, stream)
     status("agreement and repetition")
-    outputs = greedy_outputs(model, tokenizer, prompts(64))
-    parameters = {name: sum(p.numel() for p in m.parameters()) for name, m in ((target, model), (draft, small))}
+    outputs = greedy_outputs(model, tokenizer, prompts())
+    named = {target: model, draft: small}
+    parameters = {name: sum(p.numel() for p in m.parameters()) for name, m in named.items()}
+
+    status("speed")
+    milliseconds = {name: 1e3 * step_time(best_stack(adapter_for(m)), 1)(1) for name, m in named.items()}
 
     def bits(nats: float) -> float:
         return nats / math.log(2) / bytes_per_token
@@ -107,7 +114,10 @@ def evaluate(target: str, draft: str, status: Callable[[str], None] = lambda tex
         target: {"parameters": parameters[target], "bits_per_byte": bits(big["loss"]), **big},
         draft: {"parameters": parameters[draft], "bits_per_byte": bits(little["loss"]), **little},
         "parameter_ratio": parameters[target] / parameters[draft],
+        "milliseconds_per_token": milliseconds,
+        "time_ratio": milliseconds[target] / milliseconds[draft],
         "greedy_agreement": agreement(model, small, stream),
         "repeated_4_grams": repeated_four_grams(outputs),
+        "repeated_4_grams_of_the_files": repeated_four_grams([w.tolist() for w in corpus.windows(stream, 128, 0, 1)]),
         "completion": {"prompt": prompts(3)[2], "output": tokenizer.decode(outputs[2])},
     }

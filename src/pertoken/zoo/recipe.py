@@ -45,7 +45,8 @@ class Recipe:
     layer, growing exponentially from 0 at the first (LayerSkip, arXiv 2404.16710); `teacher` names the zoo model whose
     distribution the model is distilled from, mixed with the plain loss by `distil`. The last `unlikelihood_steps` steps
     add `unlikelihood_scale` times sequence-level unlikelihood, at rates that fall from `unlikelihood_lr` times the
-    peak.
+    peak; the weights exported are those before that stage plus `extrapolate` times the way from there to the mean of
+    the weights saved in its second half.
     """
 
     shape: Shape
@@ -62,8 +63,9 @@ class Recipe:
     teacher: str | None = None
     distil: float = 0.0
     unlikelihood_steps: int = 0
-    unlikelihood_scale: float = 16.0
-    unlikelihood_lr: float = 0.9
+    unlikelihood_scale: float = 8.0
+    unlikelihood_lr: float = 0.1
+    extrapolate: float = 1.0
     seed: int = 20261124
     evaluate_every: int = 100
     save_every: int = 100
@@ -75,14 +77,15 @@ class Zoo:
         default_factory=lambda: {
             "code-target": Recipe(
                 Shape(layers=12, width=256, heads=4, kv_heads=2, ffn=704),
-                steps=3540,
-                unlikelihood_steps=940,
+                steps=3500,
+                unlikelihood_steps=900,
+                extrapolate=1.2,
                 exit_scale=1.5,
                 layer_dropout=0.1,
             ),
             "code-draft": Recipe(
                 Shape(layers=2, width=160, heads=5, kv_heads=5, ffn=432),
-                steps=2000,
+                steps=2500,
                 teacher="code-target",
                 distil=0.9,
             ),

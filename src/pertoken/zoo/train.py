@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
-import hashlib
 import json
 import math
 import shutil
@@ -235,6 +234,21 @@ class Run:
         half.replace(self.directory / "state.safetensors")
         about = {"name": self.name, "recipe": asdict(self.recipe), "step": self.step, "seconds": self.seconds}
         (self.directory / "state.json").write_text(json.dumps(about | {"curve": self.curve}, indent=1))
+        self._snapshot({k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")})
+
+    def _snapshot(self, weights: dict[str, torch.Tensor]) -> None:
+        """Keep the weights before the unlikelihood stage, and the mean of those saved in its second half."""
+        stage = self.recipe.unlikelihood_steps
+        start = self.recipe.steps - stage
+        if not stage or self.step < start:
+            return
+        if self.step == start:
+            save_file({k: v.clone() for k, v in weights.items()}, self.directory / "before.safetensors")
+        elif self.step > start + stage // 2:
+            path = self.directory / "late.safetensors"
+            late = load_file(path) if path.exists() else {"count": torch.zeros(())}
+            late = {k: late.get(k, 0.0) + v for k, v in weights.items()} | {"count": late["count"] + 1}
+            save_file(late, path)
 
     def resume(self) -> bool:
         """Go on from the saved state if there is one for this recipe; True if it did."""
@@ -303,9 +317,11 @@ class Run:
     def export(self) -> Path:
         """Write the trained model in bf16 Hugging Face format; returns its directory."""
         path = self.directory / "model"
+        before, late = self.directory / "before.safetensors", self.directory / "late.safetensors"
+        if before.exists() and late.exists():
+            start, total, own = load_file(before), load_file(late), self.model.state_dict()
+            count = total.pop("count")
+            for name, weight in start.items():
+                own[name].copy_(weight + self.recipe.extrapolate * (total[name] / count - weight))
         save_pretrained(self.model, self.tokenizer, path, torch.bfloat16)
         return path
-
-    def corpus_hash(self) -> str:
-        """Hash of the training stream: two runs with the same hash saw the same tokens."""
-        return hashlib.sha256(self.stream.tobytes()).hexdigest()[:16]

@@ -2,10 +2,11 @@
 1908.04319, section 5.2).
 
 The model continues a prefix greedily; every token of the continuation that belongs to an n-gram seen earlier in it adds
-`-(1 - q(token)) log(1 - p(token))`, averaged over all continued tokens. Differences: q is the probability at the model's
-first exit, which knows how words and indents go on but copies little, so that tokens which can only be that one (the rest
-of a word) are left alone and the places where the text could have gone elsewhere are not; the continuation is batched and
-cut at the end of text; the n-grams of the prefix do not count as seen (code rightly repeats what stands before it).
+`-(1 - q(token)) log(1 - p(token))`, averaged over all continued tokens. Differences: q is the probability at the
+model's first exit, which knows how words and indents go on but copies little, so that tokens which can only be that one
+(the rest of a word) are left alone and the places where the text could have gone elsewhere are not; the continuation is
+batched and cut at the end of text; the n-grams of the prefix do not count as seen (code rightly repeats what stands
+before it).
 """
 
 from __future__ import annotations
