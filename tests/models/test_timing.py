@@ -57,9 +57,9 @@ def test_a_noisy_fall_counts_as_flat():
 
 
 class Counting(ModuleStack):
-    def __init__(self, adapter):
-        super().__init__(adapter)
-        self.forwards = []
+    def __init__(self, model):
+        super().__init__(adapter_for(model))
+        self.kept, self.forwards = model, []
 
     def run(self, hidden, *args, **kwargs):
         self.forwards.append(hidden.shape[1])
@@ -70,7 +70,7 @@ def counting(**changes):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    return Counting(adapter_for(LlamaForCausalLM(LlamaConfig(**(COMMON | changes), num_hidden_layers=2)).eval()))
+    return Counting(LlamaForCausalLM(LlamaConfig(**(COMMON | changes), num_hidden_layers=2)).eval())
 
 
 @pytest.mark.parametrize("widest", [1, 2, 5, 16, 17, 33, 64])
@@ -103,5 +103,4 @@ def test_a_model_with_few_positions_can_be_measured_once(positions):
 
 
 def test_learned_positions_are_not_overrun():
-    model = FAMILIES["gpt2"](1).eval()
-    assert step_time(Counting(adapter_for(model)), 1, 64).widths[-1] == 64
+    assert step_time(Counting(FAMILIES["gpt2"](1).eval()), 1, 64).widths[-1] == 64
