@@ -259,14 +259,15 @@ class FakeRun:
     """Two steps of training that take no time."""
 
     def __init__(self, name, directory, recipe, compile_model):
-        self.asked = (name, recipe.steps, compile_model)
+        self.asked = [name, None, compile_model]
         self.directory, self.step, self.curve = directory, 0, []
         directory.mkdir(parents=True)
 
     def resume(self):
         return False
 
-    def train(self):
+    def train(self, until=None):
+        self.asked[1] = until
         self.curve.append({"step": 2, "train": 1.5, "seconds": 0.1})
         if self.asked[1] == 99:
             from pertoken.zoo.train import RunInterrupted
@@ -282,7 +283,7 @@ def test_zoo_train_exports_and_draws_its_curve(tmp_path, monkeypatch):
     monkeypatch.setattr("pertoken.zoo.train.Run", lambda *given: made.append(FakeRun(*given)) or made[-1])
     found = call("zoo", "train", "code-draft", "--out", tmp_path, "--steps", 2, "--no-compile")
     assert found.exit_code == 0, found.output
-    assert made[0].asked == ("code-draft", 2, False)
+    assert made[0].asked == ["code-draft", 2, False]
     assert str(tmp_path / "code-draft" / "model") in found.stderr
     assert {path.name for path in (tmp_path / "code-draft").iterdir()} == {"curve.csv", "curve.svg"}
 

@@ -175,18 +175,14 @@ def bench(
     if as_json:
         print_json(outcome.records)
     else:
-        rows = table("claim\n[dim]metric", "value", "baseline", "ratio", "expected", "holds")
-        for column in rows.columns[1:]:
-            column.no_wrap = True
+        out = console()
         for record in outcome.records:
-            baseline = f"{number(record['baseline_value'])}\n[dim]{record['baseline']}"
+            verdict = "[green]holds        [/]" if record["holds"] else "[red]does not hold[/]"
             error = record.get("detail", {}).get("error")
-            second = f"[red]{escaped(error)}" if error else f"[dim]{escaped(record['metric'])}"
-            claim = f"{record['method']}: {escaped(record['claim'])}\n{second}"
-            verdict = "[green]yes" if record["holds"] else "[red]no"
-            cells = [number(record["value"]), baseline, number(record["ratio"]), record["expected"]]
-            rows.add_row(claim, *cells, verdict)
-        console().print(rows)
+            figures = f"{number(record['value'])} against {number(record['baseline_value'])} ({record['baseline']})"
+            figures += f", ratio {number(record['ratio'])}, expected {record['expected']}; {record['metric']}"
+            out.print(f"{verdict} {record['method']}: {escaped(record['claim'])}")
+            out.print(f"              [red]{escaped(error)}" if error else f"              [dim]{escaped(figures)}")
     kept = ", ".join(map(str, outcome.saved)) or "nothing"
     if outcome.interrupted:
         complain(f"stopped; {len(outcome.records)} finished claim(s), kept in: {kept}")

@@ -89,7 +89,7 @@ class CacheMachine(RuleBasedStateMachine):
         flags = st.lists(st.booleans(), min_size=queries * width, max_size=queries * width)
         allow = torch.stack([torch.tensor(data.draw(flags)).view(queries, width) for _ in self.rows])
         mask = cache.mask(allow, window)
-        assert mask.shape == (len(self.rows), 1, queries, cache.columns.stop)
+        assert mask.shape == (len(self.rows), 1, queries, cache.read)
         assert set(mask.unique().tolist()) <= {0.0, torch.finfo(torch.float32).min}
         for row in range(len(self.rows)):
             for query in range(queries):

@@ -163,6 +163,28 @@ def test_a_write_that_breaks_off_leaves_a_state_that_fits_together(whole, tmp_pa
     assert_same(state(again), state(whole))
 
 
+def exported(run):
+    return LlamaForCausalLM.from_pretrained(run.export()).state_dict()
+
+
+@pytest.mark.parametrize("at", [3, 5, 7])
+def test_what_is_exported_does_not_depend_on_interruptions(small_corpus, tmp_path, at):
+    """With an unlikelihood stage the export is made from several saved states: an extra save must not count."""
+    recipe = replace(TINY, steps=8, unlikelihood_steps=6, length=23 * 9, save_every=2)
+    recipe = replace(recipe, shape=replace(TINY.shape, positions=256))
+    whole = start(tmp_path / "whole", recipe)
+    whole.train(QUIET)
+    run = start(tmp_path / "parts", recipe)
+    stop_before(run, at)
+    with pytest.raises(RunInterrupted):
+        run.train(QUIET)
+    again = start(tmp_path / "parts", recipe)
+    assert again.resume()
+    again.train(QUIET)
+    assert_same(state(again), state(whole))
+    assert_same(exported(again), exported(whole))
+
+
 def test_another_recipe_is_refused_by_what_differs(small_corpus, tmp_path):
     run = start(tmp_path)
     run.save()

@@ -103,8 +103,8 @@ class Claim:
     metric: str
     expected: str
     compare: str
-    shown: bool
     measure: Callable[[Bench], Measurement]
+    shown: bool = False
 
     def record(self, found: Measurement, seed: int) -> dict[str, Any]:
         """The record that is printed and kept; numbers that are not finite become null."""
@@ -169,7 +169,7 @@ def claim(
             raise ValueError(
                 f"{method} already claims {claim!r} in {known.measure.__qualname__}; say it in other words"
             )
-        _CLAIMS[method, claim] = Claim(method, claim, metric, expected, compare, shown, measure)
+        _CLAIMS[method, claim] = Claim(method, claim, metric, expected, compare, measure, shown)
         return measure
 
     return register

@@ -51,7 +51,8 @@ class Budget:
         if self.is_full:
             return total
         if self.fraction is not None:
-            return min(total, math.ceil(self.fraction * total))
+            units = math.ceil(round(self.fraction * total, 9))  # 0.07 * 100 is a little more than 7
+            return min(total, max(units, 1 if self.fraction > 0 else 0))
         value = next(v for v in (self.tokens, self.layers, self.nodes) if v is not None)
         return min(total, value)
 

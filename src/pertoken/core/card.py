@@ -52,6 +52,10 @@ class Card:
 _REGISTRY: dict[str, Card] = {}
 
 
+def _place(build: Any) -> tuple[str, str]:
+    return build.__module__, build.__qualname__
+
+
 def method(
     *,
     question: str,
@@ -77,7 +81,7 @@ def method(
     def register(build: T) -> T:
         own = name or build.__module__.rsplit(".", 1)[-1].rstrip("_")  # type: ignore[attr-defined]
         known = _REGISTRY.get(own)
-        if known is not None and known.build.__module__ != build.__module__:  # type: ignore[attr-defined]
+        if known is not None and _place(known.build) != _place(build):
             raise ValueError(f"method name {own!r} is taken by {known.build.__module__}; give another with name=")
         _REGISTRY[own] = Card(
             own,

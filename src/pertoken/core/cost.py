@@ -14,9 +14,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 
 @dataclass
@@ -56,9 +57,15 @@ def timed(device: torch.device | str = "cpu") -> Iterator[Cost]:
         cost.peak_bytes = peak_memory(device)
 
 
+def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    """Operations of attention from the shapes of its inputs: torch's counter does not know its CPU kernel."""
+    return sdpa_flop_count(query, key, value)
+
+
 def count_flops(work: Callable[[], object]) -> int:
     """Floating-point operations that one call of `work` performs. Slow: never time the same call."""
-    with FlopCounterMode(display=False) as counter:
+    cpu_attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+    with FlopCounterMode(display=False, custom_mapping=cpu_attention) as counter:
         work()
     return counter.get_total_flops()
 

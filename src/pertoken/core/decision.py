@@ -127,6 +127,14 @@ class Allow(Decision):
     allow: Tensor
     kind: ClassVar[str] = "allow"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.allow.dtype != torch.bool or self.allow.ndim != 3 or self.allow.shape[:2] != self.valid.shape:
+            raise ValueError(
+                f"allow.allow must be bool [batch, query, key] over valid {list(self.valid.shape)}, got "
+                f"{self.allow.dtype} {list(self.allow.shape)}"
+            )
+
     def spent(self) -> Tensor:
         return (self.allow & self.valid[..., None]).sum((-1, -2))
 
@@ -149,6 +157,12 @@ class Commit(Decision):
     committed: Tensor
     count: Tensor
     kind: ClassVar[str] = "commit"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        kinds = {"tokens": "int", "parents": "int", "value": "float", "source": "int", "accepted": "bool"}
+        for name, dtype_kind in kinds.items():
+            _on_token_axis(self, name, dtype_kind)
 
     def spent(self) -> Tensor:
         return self.valid.sum(-1)

@@ -6,6 +6,7 @@ reduced.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -35,7 +36,8 @@ def margin(logits: Tensor) -> Tensor:
 def divergence(logits: Tensor, reference: Tensor) -> Tensor:
     """Kullback-Leibler divergence KL(reference || logits) in nats."""
     log_q, log_p = logits.float().log_softmax(-1), reference.float().log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).nan_to_num(0.0).sum(-1)
+    p = log_p.exp()
+    return torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1)
 
 
 def similarity(states: Tensor, others: Tensor) -> Tensor:

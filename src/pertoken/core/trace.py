@@ -79,12 +79,16 @@ class Trace:
                     )
                 trace = cls(json.loads(header["about"]))
                 for number, entry in enumerate(json.loads(header["steps"])):
+                    if entry["kind"] not in KINDS:
+                        raise ValueError(
+                            f"{path} holds a decision of kind {entry['kind']!r}; this version knows {', '.join(KINDS)}"
+                        )
                     kind = KINDS[entry["kind"]]
                     names = [k for k in file.keys() if k.startswith(f"{number}/")]  # noqa: SIM118
                     decision = kind(**{k.split("/", 1)[1]: file.get_tensor(k) for k in names})
                     trace.steps.append(Step(entry["site"], decision, tuple(entry["rows"]), entry["note"]))
                 return trace
-        except SafetensorError as error:
+        except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} cannot be read as a trace: {error}") from error
 
     def same_as(self, other: Trace) -> bool:

@@ -78,7 +78,7 @@ class DySpec(TreeDecoder):
     size: int = 64
     threshold: float | None = None
     temperature: float = 0.6
-    together: float = 0.3
+    together: float = 0.5
     economy: bool | Economy = True
     ngrams: int = 6
 

@@ -54,16 +54,23 @@ class Economy:
     """When growing pays: a node or a draft forward is worth it while it adds tokens faster than the step makes them
     now.
 
-    verify and draft give seconds by tokens per row; overhead is the rest of a step, in seconds.
+    verify and draft give seconds by tokens per row, measured on the machine; what the growth itself takes, in seconds:
+    overhead per step, call per draft forward (its masks and draws), node per node drawn.
     """
 
     verify: StepTime
     draft: StepTime | None
-    overhead: float = 3e-4
+    overhead: float = 1e-3
+    call: float = 3e-4
+    node: float = 3e-5
 
-    def node_cost(self, size: int, rows: int) -> float:
-        """Seconds per row that one more node costs."""
-        return self.verify.slope(size + 1) / rows
+    def node_cost(self, size: int, rows: int, widens: bool = True) -> float:
+        """Seconds that one more node costs; one that does not widen the widest tree is verified for nothing."""
+        return self.node + (self.verify.slope(size + 1) / rows if widens else 0.0)
+
+    def read_cost(self, width: int) -> float:
+        """Seconds of a draft forward over `width` places of a row."""
+        return self.call + (self.draft(width) if self.draft is not None else 0.0)
 
     def step(self, size: int) -> float:
         """Seconds of a step that verifies trees of `size` nodes, drafting apart."""
@@ -164,7 +171,7 @@ class _Step:
         self.draws: list[dict[int, Draws]] = [{} for _ in rows]
         self.taken: list[dict[int, int]] = [{} for _ in rows]
         self.taken_chance: list[dict[int, float]] = [{} for _ in rows]
-        self.heap: list[_Entry] = []
+        self.heaps: list[list[_Entry]] = [[] for _ in rows]
         self.numbers = itertools.count()
         self.gained, self.spent, self.widest = float(count), 0.0, 0
         self.root_logits: Tensor | None = None
@@ -174,12 +181,8 @@ class _Step:
             self.rules.drafter.begin()
         for row, tokens in enumerate(self.rows):
             self._open(row, ROOT, 1.0, 0, tokens.tokens)
-        while self.heap:
-            entry = self.heap[0]
-            if entry.rank < 0:
-                self._read(entry)
-            else:
-                self._add(heapq.heappop(self.heap))
+        while wanted := [entry for row in range(len(self.rows)) for entry in self._draw_until_reading(row)]:
+            self._read(wanted)
         return Grown(self.trees, self.laws, self.matches)
 
     def _push(self, row: int, parent: int, reach: float, rank: int) -> None:
@@ -196,7 +199,7 @@ class _Step:
         chance = 1.0 if self.rules.sample else share
         priority = self.rules.shape.priority(reach, chance, depth, max(rank, 0))
         if priority is not None:
-            heapq.heappush(self.heap, _Entry(-priority, next(self.numbers), row, parent, reach, rank, share))
+            heapq.heappush(self.heaps[row], _Entry(-priority, next(self.numbers), row, parent, reach, rank, share))
 
     def _open(self, row: int, node: int, reach: float, depth: int, suffix: list[int]) -> None:
         """Open the places below a new node (or the root), an n-gram guess first if there is one to trust."""
@@ -224,10 +227,11 @@ class _Step:
     def _pays(self, row: int, value: float) -> bool:
         """Whether one more node on this row is expected to add tokens faster than the step makes them as it stands."""
         economy = self.rules.economy
-        if economy is None or len(self.trees[row]) < self.widest:
+        if economy is None:
             return True
         rate = self.gained / (economy.step(self.widest) + self.spent)
-        return value > rate * economy.node_cost(self.widest, len(self.rows))
+        widens = len(self.trees[row]) >= self.widest
+        return value > rate * economy.node_cost(self.widest, len(self.rows), widens)
 
     def _add(self, entry: _Entry) -> None:
         """Draw the entry's token, open its sibling and its children."""
@@ -251,19 +255,38 @@ class _Step:
         longest = self.rules.ngrams[row].longest
         return [*self.rows[row].tokens[-longest:], *path][-longest:]
 
-    def _read(self, best: _Entry) -> None:
-        """Read the best unread place, with the others that are nearly as good, in one forward."""
+    def _draw_until_reading(self, row: int) -> list[_Entry]:
+        """Draw at a row's places until the best one left is unread; take that one and those nearly as good, to be read.
+
+        A draw that is nearly as good as the best unread place comes first: it needs no forward, and the place that it
+        opens can be read in the same one. What a row does depends on no other row.
+        """
+        while heap := self.heaps[row]:
+            if heap[0].rank >= 0:
+                self._add(heapq.heappop(heap))
+                continue
+            bar = -self.rules.shape.together(-heap[0].rank_key)
+            near = min((e for e in heap if e.rank >= 0 and e.rank_key < bar), default=None)
+            if near is not None:
+                heap.remove(near)
+                heapq.heapify(heap)
+                self._add(near)
+                continue
+            batch = sorted(e for e in heap if e.rank < 0 and e.rank_key <= bar)
+            batch = batch[: self.rules.shape.size - len(self.trees[row])]
+            if not batch:
+                heap.clear()
+                break
+            taken = {e.number for e in batch}
+            self.heaps[row] = [e for e in heap if e.number not in taken]
+            heapq.heapify(self.heaps[row])
+            return batch
+        return []
+
+    def _read(self, chosen: list[_Entry]) -> None:
+        """Read these places in one forward and open their first draws, if that pays."""
         rules, size = self.rules, self.rules.shape.size
-        bar = -rules.shape.together(-best.rank_key)
-        batch = [e for e in self.heap if e.rank < 0 and e.rank_key <= bar and len(self.trees[e.row]) < size]
-        chosen: list[_Entry] = []
-        for entry in sorted(batch):
-            if sum(e.row == entry.row for e in chosen) < size - len(self.trees[entry.row]):
-                chosen.append(entry)
-        numbers = {e.number for e in chosen} | {best.number}
-        self.heap = [e for e in self.heap if e.number not in numbers]
-        heapq.heapify(self.heap)
-        if not chosen or not self._reading_pays(chosen):
+        if not self._reading_pays(chosen):
             return
         places = [(e.row, e.parent) for e in chosen]
         taken = [self.taken[row].get(node, -1) for row, node in places]
@@ -296,9 +319,9 @@ class _Step:
         if economy is None or economy.draft is None:
             return True
         width = max(sum(e.row == row for e in entries) for row in {e.row for e in entries})
-        seconds = economy.draft(width) + economy.node_cost(self.widest, len(self.rows)) * len(entries)
+        seconds = economy.read_cost(width) + economy.node_cost(self.widest, len(self.rows)) * len(entries)
         rate = self.gained / (economy.step(self.widest) + self.spent)
         if sum(e.reach for e in entries) * HOPE <= rate * seconds:
             return False
-        self.spent += economy.draft(width)
+        self.spent += economy.read_cost(width)
         return True

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pertoken.core.card import Paper, method
 from pertoken.decode.drafter import ModelDrafter
 from pertoken.decode.growth import Growth, Shape
-from pertoken.decode.request import Request
+from pertoken.decode.request import BadRequest, Request
 from pertoken.decode.tree_decoder import TreeDecoder
 from pertoken.models.context import Context
 
@@ -43,6 +43,8 @@ class KaryTree(TreeDecoder):
     temperature: float = 0.6
 
     def shape(self) -> Shape:
+        if self.branches < 1:
+            raise BadRequest(f"branches={self.branches} gives no node a child; give at least 1")
         return LevelOrder(self.size, self.branches)
 
     def growth(self, shape: Shape, request: Request, target: Context, drafter: ModelDrafter | None) -> Growth:

@@ -19,6 +19,7 @@ from transformers.generation.logits_process import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
@@ -91,7 +92,8 @@ class Request:
         criteria_list = list(criteria or ())
         lengths = [c.max_length for c in criteria_list if isinstance(c, MaxLengthCriteria)]
         self.max_new = min([*lengths, config.max_length or sys.maxsize]) - self.width
-        self.ends = {int(e) for c in criteria_list if isinstance(c, EosTokenCriteria) for e in c.eos_token_id.flatten()}
+        ends = [int(e) for c in criteria_list if isinstance(c, EosTokenCriteria) for e in c.eos_token_id.flatten()]
+        self.first_end, self.ends = (ends[0] if ends else None), set(ends)
         self.criteria = [c for c in criteria_list if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))]
         self._check_room()
         self.pad = self._pad_token()
@@ -110,15 +112,20 @@ class Request:
         empty = (~mask.bool().any(-1)).nonzero().flatten().tolist()
         if empty:
             raise BadRequest(f"row(s) {empty} of the batch are all padding; drop them, or give each at least one token")
-        top = int(ids.max())
-        if top >= self.adapter.vocabulary or int(ids.min()) < 0:
+        top, low = int(ids.max()), int(ids.min())
+        if top >= self.adapter.vocabulary or low < 0:
             raise BadRequest(
-                f"token id {top} is outside the model's vocabulary of {self.adapter.vocabulary}; tokenize with the "
-                "model's own tokenizer"
+                f"token id {low if low < 0 else top} is outside the model's vocabulary of {self.adapter.vocabulary}; "
+                "tokenize with the model's own tokenizer"
             )
         if self.config.num_beams not in (None, 1):
             raise BadRequest(
                 f"num_beams={self.config.num_beams} is not supported by a speculative decoder; use num_beams=1"
+            )
+        if len(ids) > 1 and any(isinstance(p, UnbatchedClassifierFreeGuidanceLogitsProcessor) for p in self.processors):
+            raise BadRequest(
+                f"guidance_scale={self.config.guidance_scale} with {len(ids)} rows is not supported by a speculative "
+                "decoder: rows go on at different speeds. Give one row at a time"
             )
         for name in ("output_attentions", "output_hidden_states"):
             if getattr(self.config, name, False):
@@ -140,7 +147,7 @@ class Request:
     def _pad_token(self) -> int:
         pad = self.config.pad_token_id
         if pad is None:
-            pad = min(self.ends) if self.ends else 0
+            pad = self.first_end if self.first_end is not None else 0
         return int(pad[0] if isinstance(pad, (list, tuple)) else pad)
 
     def room(self, row: Row) -> int:
@@ -154,11 +161,14 @@ class Request:
                 logits = processor(None, logits)  # type: ignore[arg-type]
         return logits
 
-    def _ids(self, rows: list[Row]) -> Tensor:
-        """`[row, width + generated]` ids as plain generation would hold them; all rows have equally many."""
-        outputs = torch.tensor([row.output for row in rows], dtype=torch.long, device=self.device)
-        outputs = outputs.view(len(rows), -1)
-        return torch.cat([self.input_ids[[row.number for row in rows]], outputs], 1)
+    def _ids(self, length: int) -> Tensor:
+        """`[batch, width + length]` ids of the whole batch as plain generation would hold them after `length` tokens.
+
+        Always the whole batch: processors and criteria may count on its size and order. A row that has not come so far
+        is filled up with padding; what is computed for it is not used.
+        """
+        outputs = [row.output[:length] + [self.pad] * (length - row.generated) for row in self.rows]
+        return torch.cat([self.input_ids, torch.tensor(outputs, dtype=torch.long, device=self.device)], 1)
 
     def _by_length(self, rows: list[Row]) -> dict[int, list[int]]:
         groups: dict[int, list[int]] = {}
@@ -171,12 +181,14 @@ class Request:
         scores = logits.float()
         if self.processors:
             scores = scores.clone()
-            for indices in self._by_length(rows).values():
-                ids = self._ids([rows[i] for i in indices])
-                part = scores[indices]
+            for length, indices in self._by_length(rows).items():
+                numbers = [rows[i].number for i in indices]
+                part = scores.new_zeros(len(self.rows), scores.shape[-1])
+                part[numbers] = scores[indices]
+                ids = self._ids(length)
                 for processor in self.processors:
                     part = processor(ids, part)
-                scores[indices] = part
+                scores[indices] = part[numbers]
         if self.keep_scores:
             for row, score in zip(rows, scores, strict=True):
                 row.scores.append(score)
@@ -192,12 +204,14 @@ class Request:
             row.generated += 1
             row.done = token in self.ends or row.generated >= self.max_new
         if self.criteria:
-            for indices in self._by_length(rows).values():
-                group = [rows[i] for i in indices]
-                ids = self._ids(group)
+            for length, indices in self._by_length(rows).items():
+                ids, scores = self._ids(length), None
+                if self.keep_scores:
+                    scores = self._stacked([row.scores for row in self.rows], length)
                 for criterion in self.criteria:
-                    for row, stop in zip(group, criterion(ids, None).tolist(), strict=True):
-                        row.done = row.done or bool(stop)
+                    stop = torch.as_tensor(criterion(ids, scores)).expand(len(self.rows)).tolist()
+                    for row in (rows[i] for i in indices):
+                        row.done = row.done or stop[row.number]
 
     def stream(self) -> None:
         """Give the streamer every column that all rows have reached; a finished row shows padding."""

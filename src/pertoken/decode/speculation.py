@@ -25,7 +25,7 @@ from pertoken.core.trace import Player, Trace, TraceMismatch
 from pertoken.decode.request import BadRequest, Request, Row, callers_streamer
 from pertoken.decode.tree import Tree, TreeBatch
 from pertoken.decode.verify import Choice, Greedy, Sampling, Visit, Walk, verify
-from pertoken.models.adapter import adapter_for
+from pertoken.models.adapter import Adapter, adapter_for
 from pertoken.models.context import Context
 from pertoken.models.stack import Stack, best_stack, is_plain, weights_version
 
@@ -154,6 +154,7 @@ class Speculation(ABC):
             )
         config = generation_config or model.generation_config
         adapter = adapter_for(model)
+        _check_unread(model, adapter, input_ids, model_kwargs)
         streamer = streamer or callers_streamer()
         request = Request(
             adapter,
@@ -165,14 +166,15 @@ class Speculation(ABC):
             streamer,
         )
         with torch.inference_mode(), ExitStack() as scope:
-            return self._run(model, request, scope)
+            self._run(model, request, scope)
+        return request.result()  # outside: what comes back must be ordinary tensors
 
-    def _run(self, model: Any, request: Request, scope: ExitStack) -> Any:
+    def _run(self, model: Any, request: Request, scope: ExitStack) -> None:
         started = time.perf_counter()
         stats = self.stats
         stats.__init__()  # type: ignore[misc]
-        trace: Trace | None = self._tape.get("record")
-        player: Player | None = self._tape.get("replay")
+        trace: Trace | None = self._tape.pop("record", None)
+        player: Player | None = self._tape.pop("replay", None)
         longest = max(len(row.tokens) for row in request.rows)
         target = Context(stack_of(model), len(request.rows), longest + min(request.max_new, 256) + 80)
         session = self.session(request, target, scope) if player is None else Replay(player, request, target)
@@ -212,14 +214,31 @@ class Speculation(ABC):
             raise TraceMismatch(
                 "the recording goes on after every row has stopped; replay with the same stopping rules"
             )
-        return request.result()
+
+
+def _check_unread(model: nn.Module, adapter: Adapter, ids: Tensor, given: dict[str, Any]) -> None:
+    """Raise `BadRequest` for what plain generation would follow and this loop does not read."""
+    if given.get("inputs_embeds") is not None:
+        raise BadRequest("inputs_embeds is not read by a speculative decoder; give the prompt as input_ids")
+    positions, mask = given.get("position_ids"), given.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None else mask
+    if positions is not None and not torch.equal(positions * mask, (mask.cumsum(-1) - 1) * mask):
+        raise BadRequest(
+            "position_ids other than 0, 1, 2, ... of each row are not read by a speculative decoder; leave them out"
+        )
+    for name, module in (("model", model), ("model without its head", adapter.base)):
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise BadRequest(
+                f"the {name} ({type(module).__name__}) has a forward hook, and a speculative decoder runs its layers "
+                "one by one, so the hook would not act; hook the embedding, layers, norm or head instead"
+            )
 
 
 def stack_of(model: nn.Module) -> Stack:
     """The best stack for the model as it is now; kept until its weights change, for the hooked and the plain model."""
     version, kept = weights_version(model), _STACKS.setdefault(model, {})
     plain = is_plain(model)
-    if plain not in kept or kept[plain][0] != version:
+    if plain not in kept or kept[plain][0] != version or not kept[plain][1].fresh():
         kept[plain] = (version, best_stack(adapter_for(model)))
     return kept[plain][1]
 

@@ -61,9 +61,19 @@ class TreeDecoder(Speculation):
                 f"a tree of {shape.size} nodes guesses nothing; give at least 1, or use the 'full' decoder for plain "
                 "decoding"
             )
+        temperature = getattr(self, "temperature", 1.0)
+        if not temperature > 0:
+            raise BadRequest(f"temperature={temperature} of the draft must be above 0; give a value such as 0.6")
         drafter = None
         if self.draft is not None:
-            drafter = ModelDrafter(self._draft_stack(target, scope), request.rows, shape.size)
+            stack = self._draft_stack(target, scope)
+            need, limit = max(len(row.tokens) for row in request.rows) + request.max_new, stack.adapter.positions
+            if need > limit:
+                raise BadRequest(
+                    f"the draft has {limit} positions, prompt and output may need {need}; take a draft made for longer "
+                    "texts, or lower max_new_tokens"
+                )
+            drafter = ModelDrafter(stack, request.rows, shape.size)
         return TreeSession(self.growth(shape, request, target, drafter), request)
 
     def _draft_stack(self, target: Context, scope: ExitStack) -> Stack:

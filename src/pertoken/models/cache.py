@@ -13,6 +13,8 @@ from torch import Tensor
 from pertoken.models.adapter import Adapter
 
 GROWTH = 1.5
+# On a CPU, products in half precision are compiled once per shape: reading a multiple of columns repeats the shapes.
+LOW_PRECISION_MULTIPLE = 64
 
 
 class TreeCache:
@@ -28,6 +30,8 @@ class TreeCache:
         self.base = 0
         self.columns = slice(0, 0)
         self.dense = True
+        low = adapter.dtype in (torch.bfloat16, torch.float16) and adapter.device.type == "cpu"
+        self.multiple = LOW_PRECISION_MULTIPLE if low else 1
 
     @property
     def rows(self) -> int:
@@ -36,6 +40,11 @@ class TreeCache:
     @property
     def capacity(self) -> int:
         return self.buffer.shape[4]
+
+    @property
+    def read(self) -> int:
+        """How many columns attention reads: up to the open ones, and the masked rest of a multiple."""
+        return min(-(-self.columns.stop // self.multiple) * self.multiple, self.capacity)
 
     def open(self, start: int, positions: Tensor) -> None:
         """Direct the next writes to the columns from `start` on, one per position of `positions` `[row, token]`."""
@@ -52,11 +61,11 @@ class TreeCache:
         self.valid, self.positions = pad(self.valid, (0, extra)), pad(self.positions, (0, extra))
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """transformers' cache protocol: write into the open columns, return everything up to them."""
+        """transformers' cache protocol: write into the open columns, return everything that is read."""
         layer = self.buffer[layer_idx]
         layer[0, :, :, self.columns] = keys
         layer[1, :, :, self.columns] = values
-        return layer[0, :, :, : self.columns.stop], layer[1, :, :, : self.columns.stop]
+        return layer[0, :, :, : self.read], layer[1, :, :, : self.read]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.columns.start
@@ -69,7 +78,7 @@ class TreeCache:
         position.
         """
         stop, queries = self.columns.stop, self.columns.stop - self.columns.start
-        if self.dense and allow is None and window is None:
+        if self.dense and allow is None and window is None and stop == self.read:
             return None
         if allow is None:
             allow = self.valid.new_ones(self.rows, queries, stop - self.base)
@@ -77,6 +86,8 @@ class TreeCache:
         if window is not None:
             distance = self.positions[:, self.columns, None] - self.positions[:, None, :stop]
             seen = seen & (distance < window)
+        if stop < self.read:
+            seen = torch.nn.functional.pad(seen, (0, self.read - stop))
         dtype = self.buffer.dtype
         mask = torch.full_like(seen, torch.finfo(dtype).min, dtype=dtype).masked_fill_(seen, 0)
         return mask[:, None]

@@ -27,6 +27,10 @@ class Stack(ABC):
         self.adapter = adapter
         self.windows = [adapter.window(i) for i in range(adapter.depth)]
 
+    def fresh(self) -> bool:
+        """Whether what this stack has copied of the model is still what the model holds."""
+        return True
+
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         return self.adapter.embed(ids, positions)
 
@@ -92,6 +96,9 @@ class ModuleStack(Stack):
         return hidden
 
 
+STEADY_ROPE = ("default", "linear", "llama3", "yarn")  # the others change with the length of the context
+
+
 class FusedLayer:
     """Joined weights of one Llama-type layer, sharing storage with nothing (a copy, made once)."""
 
@@ -111,9 +118,31 @@ class FusedLayer:
         self.heads, self.kv_heads, self.dim = heads, kv_heads, dim
         self.groups, self.scale = heads // kv_heads, attention.scaling
 
+    def fresh(self, layer: torch.nn.Module) -> bool:
+        """Whether the joined weights are still those of the layer: writes through `.data` leave no other trace."""
+        attention, mlp = layer.self_attn, layer.mlp
+        parts = zip(
+            (self.qkv, self.gate_up),
+            ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)),
+            strict=True,
+        )
+        return all(
+            torch.equal(piece, p.weight)
+            for joined, modules in parts
+            for piece, p in zip(joined.split([p.weight.shape[0] for p in modules]), modules, strict=True)
+        )
+
     def __call__(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, keys: Tensor, values: Tensor, at: slice
-    ):
+        self,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        keys: Tensor,
+        values: Tensor,
+        at: slice,
+        read: int,
+    ) -> Tensor:
         rows, tokens, width = hidden.shape
         heads, kv_heads, dim = self.heads, self.kv_heads, self.dim
         normed = F.rms_norm(hidden, (width,), self.norm_in, self.eps)
@@ -126,7 +155,7 @@ class FusedLayer:
         keys[:, :, at] = turned[:, :, heads:].transpose(1, 2)
         values[:, :, at] = qkv[:, :, heads + kv_heads :].transpose(1, 2)
         query = turned[:, :, :heads].transpose(1, 2).reshape(rows, kv_heads, self.groups * tokens, dim)
-        seen_keys, seen_values = keys[:, :, : at.stop], values[:, :, : at.stop]
+        seen_keys, seen_values = keys[:, :, :read], values[:, :, :read]
         scores = torch.matmul(query, seen_keys.transpose(-1, -2)).mul_(self.scale)
         if mask is not None:
             scores += mask
@@ -154,6 +183,9 @@ class FusedStack(Stack):
         self.head_weight = adapter.model.lm_head.weight
         self.cos, self.sin = self._rotary_tables(0)
 
+    def fresh(self) -> bool:
+        return all(mine.fresh(layer) for mine, layer in zip(self.layers, self.adapter.layers, strict=True))
+
     def _rotary_tables(self, length: int) -> tuple[Tensor, Tensor]:
         """`[position, 1, head_dim]` tables; the sine carries the sign of the rotated half."""
         adapter = self.adapter
@@ -178,7 +210,8 @@ class FusedStack(Stack):
             masks = {w: m if m is None else m.repeat(1, 1, self.groups, 1) for w, m in masks.items()}
         for index in range(first, last):
             keys, values = cache.buffer[index]
-            hidden = self.layers[index](hidden, cos, sin, masks[self.windows[index]], keys, values, cache.columns)
+            mask = masks[self.windows[index]]
+            hidden = self.layers[index](hidden, cos, sin, mask, keys, values, cache.columns, cache.read)
             if states is not None:
                 states.append(hidden)
         return hidden
@@ -186,7 +219,8 @@ class FusedStack(Stack):
 
 def weights_version(model: torch.nn.Module) -> tuple[object, ...]:
     """Changes whenever a weight is written or replaced."""
-    return tuple((p.data_ptr(), p._version) for p in model.parameters())
+    weights = tuple((p.data_ptr(), -1 if p.is_inference() else p._version) for p in model.parameters())
+    return (*weights, *map(type, model.modules()))
 
 
 def is_plain(model: torch.nn.Module) -> bool:
@@ -203,10 +237,10 @@ def _fusable(adapter: Adapter) -> bool:
         and config.model_type in FusedStack.model_types
         and getattr(config, "hidden_act", "silu") == "silu"
         and not getattr(config, "mlp_bias", False)
-        and all(type(m) is torch.nn.Linear for m in adapter.layers[0].modules() if hasattr(m, "in_features"))
+        and all(type(m) is torch.nn.Linear for m in adapter.layers.modules() if hasattr(m, "in_features"))
         and type(adapter.model.lm_head) is torch.nn.Linear
         and adapter.model.lm_head.bias is None
-        and "dynamic" not in str(getattr(config, "rope_scaling", None) or getattr(config, "rope_parameters", ""))
+        and getattr(adapter.model.model.rotary_emb, "rope_type", "default") in STEADY_ROPE
     )
 
 

@@ -16,7 +16,7 @@ from pertoken.models.stack import Stack
 WIDTHS = (1, 2, 4, 8, 16, 32, 64)
 CONTEXT = 128
 REPEATS = 4
-_MEASURED: weakref.WeakKeyDictionary[Stack, dict[tuple[int, int], StepTime]] = weakref.WeakKeyDictionary()
+_MEASURED: weakref.WeakKeyDictionary[Stack, dict[tuple[int, int], tuple[int, StepTime]]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ def step_time(stack: Stack, rows: int, widest: int = WIDTHS[-1]) -> StepTime:
     """Measure once per stack, number of rows and threads: least of a few runs at each width, head included."""
     key = (rows, torch.get_num_threads())
     known = _MEASURED.setdefault(stack, {})
-    if key in known and known[key].widths[-1] >= widest:
-        return known[key]
+    if key in known and known[key][0] >= widest:
+        return known[key][1]
     adapter = stack.adapter
     room = adapter.positions
     context = min(CONTEXT, max(room - WIDTHS[-1], 1))
@@ -58,7 +58,7 @@ def step_time(stack: Stack, rows: int, widest: int = WIDTHS[-1]) -> StepTime:
     cache.base, cache.valid[:, :context] = context, True
     seconds = []
     for width in widths:
-        ids = torch.ones(rows, width, dtype=torch.long, device=adapter.device)
+        ids = torch.zeros(rows, width, dtype=torch.long, device=adapter.device)
         positions = (context + torch.arange(width, device=adapter.device)).expand(rows, -1)
         allow = torch.ones(width, width, dtype=torch.bool, device=adapter.device).tril().expand(rows, -1, -1)
         best = float("inf")
@@ -69,5 +69,5 @@ def step_time(stack: Stack, rows: int, widest: int = WIDTHS[-1]) -> StepTime:
             synchronize(adapter.device)
             best = min(best, time.perf_counter() - start)
         seconds.append(max(best, seconds[-1] if seconds else 0.0))
-    known[key] = StepTime(tuple(widths), tuple(seconds))
-    return known[key]
+    known[key] = (widest, StepTime(tuple(widths), tuple(seconds)))
+    return known[key][1]

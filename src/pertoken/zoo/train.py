@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import nn
@@ -143,7 +144,7 @@ class Run:
         self.teacher = self._load_teacher()
         self.forward = torch.compile(LayerSkipForward(self.model)) if compile_model else LayerSkipForward(self.model)
         self.optimizers = self._optimizers()
-        self.step, self.curve, self.seconds = 0, [], 0.0
+        self.step, self.curve, self.seconds, self.running = 0, [], 0.0, math.nan
 
     def _load_teacher(self) -> LlamaForCausalLM | None:
         if self.recipe.teacher is None:
@@ -230,17 +231,23 @@ class Run:
             for j, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"optimizer/{i}/{j}/{k}": v for k, v in state.items() if torch.is_tensor(v)}
         half = self.directory / "state.tmp"
-        save_file({k: v.contiguous().clone() for k, v in tensors.items()}, half, {"step": str(self.step)})
-        half.replace(self.directory / "state.safetensors")
         about = {"name": self.name, "recipe": asdict(self.recipe), "step": self.step, "seconds": self.seconds}
-        (self.directory / "state.json").write_text(json.dumps(about | {"curve": self.curve}, indent=1))
+        text = json.dumps(about | {"running": self.running, "curve": self.curve}, indent=1)
+        header = {
+            "step": str(self.step),
+            "state": text,
+        }  # one file holds all that belongs together; the JSON is to be read
+        save_file({k: v.contiguous().clone() for k, v in tensors.items()}, half, header)
+        half.replace(self.directory / "state.safetensors")
+        (self.directory / "state.json").write_text(text)
         self._snapshot({k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")})
 
     def _snapshot(self, weights: dict[str, torch.Tensor]) -> None:
         """Keep the weights before the unlikelihood stage, and the mean of those saved in its second half."""
         stage = self.recipe.unlikelihood_steps
         start = self.recipe.steps - stage
-        if not stage or self.step < start:
+        regular = self.step % self.recipe.save_every == 0 or self.step in (start, self.recipe.steps)
+        if not stage or self.step < start or not regular:
             return
         if self.step == start:
             save_file({k: v.clone() for k, v in weights.items()}, self.directory / "before.safetensors")
@@ -252,10 +259,11 @@ class Run:
 
     def resume(self) -> bool:
         """Go on from the saved state if there is one for this recipe; True if it did."""
-        path = self.directory / "state.json"
+        path = self.directory / "state.safetensors"
         if not path.exists():
             return False
-        about = json.loads(path.read_text())
+        with safe_open(path, "pt") as file:
+            about = json.loads(file.metadata()["state"])
         saved, current = about["recipe"], json.loads(json.dumps(asdict(self.recipe)))
         if saved | {"steps": 0} != current | {"steps": 0}:
             changed = sorted(k for k in current if saved.get(k) != current[k])
@@ -263,7 +271,7 @@ class Run:
                 f"{self.directory} holds a run with another recipe (differs in {', '.join(changed)}); "
                 "give another directory with --out, or delete this one"
             )
-        tensors = load_file(self.directory / "state.safetensors")
+        tensors = load_file(path)
         weights = {k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")}
         self.model.load_state_dict(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]})
         for i, optimizer in enumerate(self.optimizers):
@@ -275,6 +283,7 @@ class Run:
                     state["state"].setdefault(int(index), {})[field] = value
             optimizer.load_state_dict(state)
         self.step, self.curve, self.seconds = about["step"], about["curve"], about["seconds"]
+        self.running = about["running"]
         return True
 
     def train(self, console: Console | None = None, until: int | None = None) -> None:
@@ -284,7 +293,7 @@ class Run:
         keep_freed_memory()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         started = time.perf_counter() - self.seconds
-        running = math.nan
+        whole = True  # False while only some of the weights have made the step
         with Progress(*columns, console=console or Console(stderr=True)) as progress:
             task = progress.add_task(self.name, total=end, completed=self.step)
             batches = self.batches()
@@ -297,22 +306,28 @@ class Run:
                         loss, plain = self.loss(next(batches), generator)
                     loss.backward()
                     nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+                    whole = False
                     for optimizer in self.optimizers:
                         optimizer.step()
                         optimizer.zero_grad(set_to_none=True)
                     self.step += 1
+                    whole = True
                     self.seconds = time.perf_counter() - started
-                    running = plain if math.isnan(running) else 0.98 * running + 0.02 * plain
-                    progress.update(task, advance=1, description=f"{self.name} loss {running:.3f}")
+                    self.running = plain if math.isnan(self.running) else 0.98 * self.running + 0.02 * plain
+                    progress.update(task, advance=1, description=f"{self.name} loss {self.running:.3f}")
                     if self.step % recipe.evaluate_every == 0 or self.step == end:
-                        point = {"step": self.step, "train": running, "seconds": round(self.seconds, 1)}
+                        point = {"step": self.step, "train": self.running, "seconds": round(self.seconds, 1)}
                         self.curve.append(point | self.evaluate())
                         progress.console.print(json.dumps(self.curve[-1]))
                     if self.step % recipe.save_every == 0 or self.step == end:
                         self.save()
             except KeyboardInterrupt:
-                self.save()
-                raise RunInterrupted(f"stopped at step {self.step} of {end}; run again to go on") from None
+                if whole:
+                    self.save()
+                place = f"at step {self.step}" if whole else f"within step {self.step + 1}"
+                raise RunInterrupted(
+                    f"stopped {place} of {end}; run again to go on from the last whole state"
+                ) from None
 
     def export(self) -> Path:
         """Write the trained model in bf16 Hugging Face format; returns its directory."""
