@@ -13,6 +13,7 @@ from pertoken.bench import suite
 from pertoken.bench.claims import Bench, Measurement, claim
 from pertoken.core.attach import attach
 from pertoken.core.budget import Budget
+from pertoken.core.decision import Commit
 from pertoken.decode.chain import Chain
 from pertoken.decode.drafter import ModelDrafter
 from pertoken.decode.dyspec import BestFirst, DySpec
@@ -243,8 +244,10 @@ def values_predict(bench: Bench) -> Measurement:
         with decoder.record() as trace:
             suite.generate(models.target, models.batch(part), 32, decoder)
         for step in trace.steps:
-            values.append(step.decision.value[step.decision.valid])
-            accepted.append(step.decision.accepted[step.decision.valid])
+            commit = step.decision
+            assert isinstance(commit, Commit)
+            values.append(commit.value[commit.valid])
+            accepted.append(commit.accepted[commit.valid])
     value, hit = torch.cat(values), torch.cat(accepted).float()
     tenths = [hit[part].mean().item() for part in value.argsort().tensor_split(10)]
     ranks = torch.tensor(tenths).argsort().argsort().double()

@@ -92,7 +92,8 @@ class Request:
         criteria_list = list(criteria or ())
         lengths = [c.max_length for c in criteria_list if isinstance(c, MaxLengthCriteria)]
         self.max_new = min([*lengths, config.max_length or sys.maxsize]) - self.width
-        ends = [int(e) for c in criteria_list if isinstance(c, EosTokenCriteria) for e in c.eos_token_id.flatten()]
+        ending: list[Any] = [c.eos_token_id for c in criteria_list if isinstance(c, EosTokenCriteria)]
+        ends = [int(token) for tokens in ending for token in tokens.flatten()]
         self.first_end, self.ends = (ends[0] if ends else None), set(ends)
         self.criteria = [c for c in criteria_list if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))]
         self._check_room()
@@ -241,11 +242,11 @@ class Request:
         sequences = torch.cat([self.input_ids, new], 1)
         if not self.config.return_dict_in_generate:
             return sequences
-        return GenerateDecoderOnlyOutput(
-            sequences=sequences,
-            scores=self._stacked([row.scores for row in self.rows], longest) if self.keep_scores else None,
-            logits=self._stacked([row.logits for row in self.rows], longest) if self.keep_logits else None,
-        )
+        steps: dict[str, Any] = {
+            "scores": self._stacked([row.scores for row in self.rows], longest) if self.keep_scores else None,
+            "logits": self._stacked([row.logits for row in self.rows], longest) if self.keep_logits else None,
+        }
+        return GenerateDecoderOnlyOutput(sequences=sequences, **steps)  # type: ignore[arg-type]
 
     @staticmethod
     def _stacked(rows: list[list[Tensor]], longest: int) -> tuple[Tensor, ...]:

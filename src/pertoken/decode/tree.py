@@ -92,12 +92,11 @@ class TreeBatch:
         allow = None
         if width:
             allow = torch.from_numpy(np.stack([ancestor_mask(t.parents, width) for t in trees])).to(device)
-        to = {"device": device}
         return cls(
             trees,
-            torch.from_numpy(tokens).to(**to),
-            torch.from_numpy(depths).to(**to),
-            torch.from_numpy(valid).to(**to),
+            torch.from_numpy(tokens).to(device),
+            torch.from_numpy(depths).to(device),
+            torch.from_numpy(valid).to(device),
             allow,
         )
 

@@ -40,10 +40,12 @@ def load(name: str, dtype: str | torch.dtype = "auto", device: str | torch.devic
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     where_to = _device(device)
+    wanted = DTYPES[dtype] if isinstance(dtype, str) else dtype
     path = resolve(name)
     local = Path(path).is_dir()
+    model: Any
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES.get(dtype, dtype), local_files_only=local)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=wanted, local_files_only=local)
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local, padding_side="left")
     except (OSError, ValueError) as error:
         where = "this directory has no usable model" if local else "no such directory, and the hub did not give it"

@@ -9,6 +9,7 @@ with the modules on a probe.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,7 +103,7 @@ STEADY_ROPE = ("default", "linear", "llama3", "yarn")  # the others change with 
 class FusedLayer:
     """Joined weights of one Llama-type layer, sharing storage with nothing (a copy, made once)."""
 
-    def __init__(self, layer: torch.nn.Module, heads: int, kv_heads: int, dim: int):
+    def __init__(self, layer: Any, heads: int, kv_heads: int, dim: int):
         attention, mlp = layer.self_attn, layer.mlp
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         with torch.no_grad():
@@ -118,7 +119,7 @@ class FusedLayer:
         self.heads, self.kv_heads, self.dim = heads, kv_heads, dim
         self.groups, self.scale = heads // kv_heads, attention.scaling
 
-    def fresh(self, layer: torch.nn.Module) -> bool:
+    def fresh(self, layer: Any) -> bool:
         """Whether the joined weights are still those of the layer: writes through `.data` leave no other trace."""
         attention, mlp = layer.self_attn, layer.mlp
         parts = zip(
@@ -148,7 +149,7 @@ class FusedLayer:
         normed = F.rms_norm(hidden, (width,), self.norm_in, self.eps)
         qkv = F.linear(normed, self.qkv, self.qkv_bias).view(rows, tokens, heads + 2 * kv_heads, dim)
         turned = qkv[:, :, : heads + kv_heads]
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             turned = torch.cat([self.q_norm(turned[:, :, :heads]), self.k_norm(turned[:, :, heads:])], 2)
         half = dim // 2
         turned = torch.addcmul(turned * cos, torch.cat((turned[..., half:], turned[..., :half]), -1), sin)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,7 +104,8 @@ def make_tokenizer(directory: Path, recipe: Recipe) -> Tokenizer:
 
 def save_pretrained(model: LlamaForCausalLM, tokenizer: Tokenizer, directory: Path, dtype: torch.dtype) -> None:
     """Write model (in `dtype`) and tokenizer in Hugging Face format."""
-    copy = LlamaForCausalLM(model.config).to(dtype)
+    copy: Any = LlamaForCausalLM(model.config)
+    copy.to(dtype)
     copy.load_state_dict(model.state_dict())
     copy.save_pretrained(directory)
     fast = PreTrainedTokenizerFast(
@@ -139,7 +141,8 @@ class Run:
         self.stream = corpus.token_stream(self.tokenizer, list(corpus.split_texts("train").values()))
         self.heldout = corpus.token_stream(self.tokenizer, list(corpus.split_texts("heldout").values()))
         torch.manual_seed(self.recipe.seed)
-        self.model = LlamaForCausalLM(self.recipe.shape.config(self.tokenizer.token_to_id(corpus.END_OF_TEXT)))
+        end = self.tokenizer.encode(corpus.END_OF_TEXT).ids[0]
+        self.model = LlamaForCausalLM(self.recipe.shape.config(end))
         self.model.config._attn_implementation = "sdpa"
         self.teacher = self._load_teacher()
         self.forward = torch.compile(LayerSkipForward(self.model)) if compile_model else LayerSkipForward(self.model)

@@ -11,8 +11,9 @@ before it).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from transformers import PreTrainedModel
 
 
 def in_repeats(tokens: torch.Tensor, n: int = 4) -> torch.Tensor:
@@ -29,7 +30,7 @@ def in_repeats(tokens: torch.Tensor, n: int = 4) -> torch.Tensor:
 
 
 @torch.no_grad()
-def greedy_continuations(model: PreTrainedModel, prefixes: torch.Tensor, new: int) -> torch.Tensor:
+def greedy_continuations(model: Any, prefixes: torch.Tensor, new: int) -> torch.Tensor:
     """Up to `new` greedy tokens after each prefix `[batch, token]`, filled up with the end of text."""
     mask, end = torch.ones_like(prefixes), model.config.eos_token_id
     ids = model.generate(prefixes, attention_mask=mask, do_sample=False, max_new_tokens=new, pad_token_id=end)
@@ -41,7 +42,7 @@ def probability(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0].exp()
 
 
-def unlikelihood(model: PreTrainedModel, prefixes: torch.Tensor, new: int = 96, n: int = 4) -> torch.Tensor:
+def unlikelihood(model: Any, prefixes: torch.Tensor, new: int = 96, n: int = 4) -> torch.Tensor:
     """The loss, a scalar in nats per continued token, on greedy continuations of `prefixes` `[batch, token]`."""
     tokens = greedy_continuations(model, prefixes, new)
     ids = torch.cat([prefixes, tokens], dim=1)
