@@ -49,17 +49,3 @@ def test_timed_reads_the_clock_even_after_an_error():
         _ = 1 / 0
     assert spent.seconds > 0
     assert spent.peak_bytes > 0
-
-
-def test_interleaved_runs_contenders_in_turn():
-    order = []
-    works = {name: (lambda name=name: order.append(name)) for name in "ab"}
-    seconds = cost.interleaved(works, repeats=3, warmup=1)
-    assert order == list("abababab")
-    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
-
-
-def test_median_seconds_counts_its_calls():
-    calls = []
-    assert cost.median_seconds(lambda: calls.append(1), repeats=3, warmup=2) >= 0
-    assert len(calls) == 5

@@ -8,7 +8,6 @@ it.
 from __future__ import annotations
 
 import resource
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -73,29 +72,3 @@ def count_flops(work: Callable[[], object]) -> int:
 def weight_bytes(module: torch.nn.Module) -> int:
     """Bytes of all distinct parameters."""
     return sum(p.numel() * p.element_size() for p in module.parameters())
-
-
-def median_seconds(work: Callable[[], object], repeats: int = 5, warmup: int = 1, device: str = "cpu") -> float:
-    """Median wall clock of one call."""
-    for _ in range(warmup):
-        work()
-    seconds = []
-    for _ in range(repeats):
-        with timed(device) as cost:
-            work()
-        seconds.append(cost.seconds)
-    return statistics.median(seconds)
-
-
-def interleaved(works: dict[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of each contender, run in turn (A B C A B C ...) so that drift of the machine hits all alike."""
-    for _ in range(warmup):
-        for work in works.values():
-            work()
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(repeats):
-        for name, work in works.items():
-            with timed() as cost:
-                work()
-            seconds[name].append(cost.seconds)
-    return seconds
