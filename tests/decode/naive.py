@@ -143,12 +143,17 @@ def grow_greedy(draft: Law, size: int, choose: Choose) -> Tree:
     return tree
 
 
-def grow_threshold(draft: Law, threshold: float, cap: int, choose: Choose) -> Tree:
+def grow_threshold(draft: Law, threshold: float, cap: int, choose: Choose, known: bool = False) -> Tree:
     """DySpec, section B: layer by layer, drawing at a place while its value is at least ``threshold``.
 
     The printed ``while v < t`` is an error of the paper; this loops while ``v >= t``. The frontier is worked through
     in the order its nodes were drawn, and growth stops at once, also in the middle of a layer, at ``cap`` nodes.
+    ``known``: the most likely token will be drawn, so that its own probability belongs to the value of the draw.
     """
+
+    def worth(v: float, residual: np.ndarray) -> bool:
+        return v * (float(residual.max()) if known else 1.0) >= threshold
+
     tree: Tree = []
     frontier: list[tuple[int, float]] = [(ROOT, 1.0)]  # B.1
     while frontier:
@@ -157,7 +162,7 @@ def grow_threshold(draft: Law, threshold: float, cap: int, choose: Choose) -> Tr
             place = path_of(tree, parent)
             v = value
             residual = law_at(draft, place) if v >= threshold else None
-            while residual is not None and v >= threshold:  # B.2
+            while residual is not None and worth(v, residual):  # B.2
                 if len(tree) >= cap:
                     return tree
                 y = _draw(choose, residual, place)

@@ -194,9 +194,9 @@ def test_no_node_is_deeper_than_its_row_has_room_and_rows_do_not_mix():
 @pytest.mark.parametrize("seed", range(4))
 def test_threshold_growth_is_the_naive_one_layer_by_layer(seed, threshold):
     law = random_law(600 + seed, 5)
-    expected = naive.grow_threshold(law, threshold, 1000, argmax)
-    wanted = {naive.path_of(expected, i): node.value for i, node in enumerate(expected)}
     for sample in (True, False):
+        expected = naive.grow_threshold(law, threshold, 1000, argmax, known=not sample)
+        wanted = {naive.path_of(expected, i): node.value for i, node in enumerate(expected)}
         (tree,) = grow(LawDrafter(law), 1000, ratio=0.0, sample=sample, floor=threshold).trees
         found = {path_of(tree, n): value for n, value in enumerate(tree.values)}
         assert found.keys() == wanted.keys()

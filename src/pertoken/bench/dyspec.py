@@ -219,7 +219,7 @@ def threshold_keeps_up(bench: Bench) -> Measurement:
         return tokens / steps, drafted / steps, calls / steps
 
     greedy = run(tree(models, size=32, ngrams=0, together=1.0))
-    runs = [(t, run(tree(models, size=64, ngrams=0, threshold=t))) for t in (0.01, 0.014, 0.02, 0.028, 0.04)]
+    runs = [(t, run(tree(models, size=64, ngrams=0, threshold=t))) for t in (0.006, 0.0075, 0.0085, 0.01, 0.014)]
     threshold, near = min(runs, key=lambda one: abs(one[1][1] - greedy[1]))
     detail = {
         "threshold": threshold,

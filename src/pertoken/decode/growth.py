@@ -14,6 +14,7 @@ import heapq
 import itertools
 import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -54,27 +55,32 @@ class Economy:
     """When growing pays: a node or a draft forward is worth it while it adds tokens faster than the step makes them
     now.
 
-    verify and draft give seconds by tokens per row, measured on the machine; what the growth itself takes, in seconds:
-    overhead per step, call per draft forward (its masks and draws), node per node drawn.
+    verify and draft give seconds by the tokens of all rows together, measured on the machine; padding: what a padding
+    token costs, in real ones; what the loop itself takes, in seconds: overhead per step, call per draft forward (its
+    masks and draws), ragged and ragged_call what a row beyond the first adds to a step that has guesses and to a draft
+    forward, node per node drawn.
     """
 
     verify: StepTime
     draft: StepTime | None
+    padding: float = 1.0
     overhead: float = 1e-3
+    ragged: float = 2e-4
     call: float = 3e-4
+    ragged_call: float = 1.3e-4
     node: float = 3e-5
 
-    def node_cost(self, size: int, rows: int, widens: bool = True) -> float:
-        """Seconds that one more node costs; one that does not widen the widest tree is verified for nothing."""
-        return self.node + (self.verify.slope(size + 1) / rows if widens else 0.0)
+    def step(self, rows: int) -> float:
+        """Seconds of a step without a guess."""
+        return self.verify(rows) + self.overhead
 
-    def read_cost(self, width: int) -> float:
-        """Seconds of a draft forward over `width` places of a row."""
-        return self.call + (self.draft(width) if self.draft is not None else 0.0)
+    def tokens(self, rows: int, widens: bool) -> float:
+        """What one more node adds to the block, in real tokens: it brings padding or takes the place of some."""
+        return 1 + self.padding * (rows - 1 if widens else -1)
 
-    def step(self, size: int) -> float:
-        """Seconds of a step that verifies trees of `size` nodes, drafting apart."""
-        return self.verify(size + 1) + self.overhead
+    def read_cost(self, rows: int, places: float) -> float:
+        """Seconds of a draft forward over this many places of all rows."""
+        return self.call + self.ragged_call * (rows - 1) + (self.draft(places) if self.draft is not None else 0.0)
 
 
 @dataclass(frozen=True)
@@ -156,7 +162,14 @@ class Growth:
 
     def grow(self, rows: Sequence[Row], rooms: Sequence[int]) -> Grown:
         """Trees for these rows; a row's tree is never deeper than its `rooms` entry."""
-        return _Step(self, rows, rooms).run()
+        if self.drafter is not None:
+            self.drafter.begin()
+        step = _Step(self, rows, rooms)
+        step.open_roots()
+        if not step.gains():  # the n-grams' guesses together cost more than they bring: start again without them
+            step = _Step(self, rows, rooms)
+            step.open_roots(guessing=False)
+        return step.grown()
 
 
 class _Step:
@@ -173,21 +186,29 @@ class _Step:
         self.taken_chance: list[dict[int, float]] = [{} for _ in rows]
         self.heaps: list[list[_Entry]] = [[] for _ in rows]
         self.numbers = itertools.count()
-        self.gained, self.spent, self.widest = float(count), 0.0, 0
+        self.gained, self.block, self.widest = float(count), float(count), 0
+        self.plain = growth.economy.step(count) if growth.economy is not None else 0.0
+        self.seconds = self.plain
         self.root_logits: Tensor | None = None
 
-    def run(self) -> Grown:
-        if self.rules.drafter is not None:
-            self.rules.drafter.begin()
-        for row, tokens in enumerate(self.rows):
-            self._open(row, ROOT, 1.0, 0, tokens.tokens)
+    def open_roots(self, guessing: bool = True) -> None:
+        """Open the places below every root; with n-gram guesses or without."""
+        for number, row in enumerate(self.rows):
+            self._open(number, ROOT, 1.0, 0, row.tokens, guessing)
+
+    def gains(self) -> bool:
+        """Whether the step makes tokens at least as fast as one without guesses."""
+        return self.gained * self.plain >= len(self.rows) * self.seconds
+
+    def grown(self) -> Grown:
+        """The trees, once nothing more is worth drawing."""
         while wanted := [entry for row in range(len(self.rows)) for entry in self._draw_until_reading(row)]:
             self._read(wanted)
         return Grown(self.trees, self.laws, self.matches)
 
     def _push(self, row: int, parent: int, reach: float, rank: int) -> None:
         depth = 1 if parent == ROOT else self.trees[row].depths[parent] + 1
-        if depth > self.rooms[row] or reach < self.rules.floor or reach <= 0.0:
+        if depth > self.rooms[row] or reach <= 0.0:
             return
         share = 1.0
         if rank >= 0:
@@ -197,22 +218,24 @@ class _Step:
             left = 1.0 - sum(draws.chances[:rank]) - self.taken_chance[row].get(parent, 0.0)
             share = min(draws.chances[rank] / max(left, 1e-9), 1.0)
         chance = 1.0 if self.rules.sample else share
+        if reach * chance < self.rules.floor:
+            return
         priority = self.rules.shape.priority(reach, chance, depth, max(rank, 0))
         if priority is not None:
             heapq.heappush(self.heaps[row], _Entry(-priority, next(self.numbers), row, parent, reach, rank, share))
 
-    def _open(self, row: int, node: int, reach: float, depth: int, suffix: list[int]) -> None:
+    def _open(self, row: int, node: int, reach: float, depth: int, suffix: list[int], guessing: bool = True) -> None:
         """Open the places below a new node (or the root), an n-gram guess first if there is one to trust."""
         tree, rules = self.trees[row], self.rules
-        if rules.ngrams is not None and depth < self.rooms[row] and len(tree) < rules.shape.size:
+        if guessing and rules.ngrams is not None and depth < self.rooms[row] and len(tree) < rules.shape.size:
             index = rules.ngrams[row]
             guess = index.guess(tuple(suffix[-index.longest :]))
             if guess is not None:
                 token, length = guess
                 rate = rules.trust.rate(length)
                 if reach * rate >= rules.floor and self._pays(row, reach * rate):
-                    child = tree.add(token, node, reach * rate, NGRAM, sure=True)
                     self._count(row, reach * rate)
+                    child = tree.add(token, node, reach * rate, NGRAM, sure=True)
                     self.matches[row][child] = length
                     self.taken[row][node] = token
                     self._open(row, child, reach * rate, depth + 1, [*suffix[-index.longest :], token])
@@ -220,18 +243,29 @@ class _Step:
         if rules.drafter is not None:
             self._push(row, node, reach, -1)
 
+    def _node_cost(self, row: int) -> float:
+        """Seconds that one more node on this row adds to a step that has guesses."""
+        economy = self.rules.economy
+        assert economy is not None
+        more = economy.tokens(len(self.rows), len(self.trees[row]) >= self.widest)
+        return economy.node + economy.verify.slope(self.block) * more
+
     def _count(self, row: int, value: float) -> None:
+        """Take a node into account that `row` is about to get."""
+        economy = self.rules.economy
         self.gained += value
-        self.widest = max(self.widest, len(self.trees[row]))
+        if economy is not None:
+            self.seconds += self._node_cost(row) + (self._first_cost() if not self.widest else 0.0)
+            self.block += economy.tokens(len(self.rows), len(self.trees[row]) >= self.widest)
+        self.widest = max(self.widest, len(self.trees[row]) + 1)
+
+    def _first_cost(self) -> float:
+        """Seconds that the first guess of a step costs all rows together."""
+        return self.rules.economy.ragged * (len(self.rows) - 1) if self.rules.economy is not None else 0.0
 
     def _pays(self, row: int, value: float) -> bool:
         """Whether one more node on this row is expected to add tokens faster than the step makes them as it stands."""
-        economy = self.rules.economy
-        if economy is None:
-            return True
-        rate = self.gained / (economy.step(self.widest) + self.spent)
-        widens = len(self.trees[row]) >= self.widest
-        return value > rate * economy.node_cost(self.widest, len(self.rows), widens)
+        return self.rules.economy is None or value * self.seconds > self.gained * self._node_cost(row)
 
     def _add(self, entry: _Entry) -> None:
         """Draw the entry's token, open its sibling and its children."""
@@ -242,8 +276,8 @@ class _Step:
         if not self._pays(row, entry.reach * HOPE if self.rules.sample else value):
             return
         token = self.draws[row][entry.parent].tokens[entry.rank]
-        node = tree.add(token, entry.parent, value, MODEL)
         self._count(row, value)
+        node = tree.add(token, entry.parent, value, MODEL)
         self._push(row, entry.parent, entry.reach - value, entry.rank + 1)
         self._open(row, node, value, tree.depths[node], self._suffix(row, node))
 
@@ -318,10 +352,13 @@ class _Step:
         economy = self.rules.economy
         if economy is None or economy.draft is None:
             return True
-        width = max(sum(e.row == row for e in entries) for row in {e.row for e in entries})
-        seconds = economy.read_cost(width) + economy.node_cost(self.widest, len(self.rows)) * len(entries)
-        rate = self.gained / (economy.step(self.widest) + self.spent)
-        if sum(e.reach for e in entries) * HOPE <= rate * seconds:
+        per_row = Counter(e.row for e in entries)
+        padding = len(self.rows) * max(per_row.values()) - len(entries)
+        places = len(entries) + economy.padding * padding
+        reading = economy.read_cost(len(self.rows), places)
+        nodes = economy.node * len(entries) + economy.verify.slope(self.block) * places
+        nodes += 0.0 if self.widest else self._first_cost()
+        if sum(e.reach for e in entries) * HOPE * self.seconds <= self.gained * (reading + nodes):
             return False
-        self.spent += economy.read_cost(width)
+        self.seconds += reading
         return True

@@ -21,7 +21,7 @@ from pertoken.decode.verify import Walk
 from pertoken.models.adapter import adapter_for
 from pertoken.models.context import Context
 from pertoken.models.stack import ModuleStack, Stack
-from pertoken.models.timing import step_time
+from pertoken.models.timing import block_time
 
 
 def check_vocabularies(draft: Any, target: Context) -> None:
@@ -104,10 +104,10 @@ class SwitchedStack(ModuleStack):
             self.attachment.enabled = False
 
 
-def economy_of(target: Context, drafter: ModelDrafter | None, rows: int, size: int) -> Economy:
+def economy_of(target: Context, drafter: ModelDrafter | None, rows: int) -> Economy:
     """Step times of this machine for these models and rows, measured once."""
-    draft = None if drafter is None else step_time(drafter.context.stack, rows, min(size, 16))
-    return Economy(step_time(target.stack, rows, min(size + 1, 64)), draft)
+    draft = None if drafter is None else block_time(drafter.context.stack, rows)
+    return Economy(block_time(target.stack, rows), draft, padding=target.stack.padding)
 
 
 class TreeSession(Session):

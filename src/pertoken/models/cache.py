@@ -15,6 +15,24 @@ from pertoken.models.adapter import Adapter
 GROWTH = 1.5
 # On a CPU, products in half precision are compiled once per shape: reading a multiple of columns repeats the shapes.
 LOW_PRECISION_MULTIPLE = 64
+WORTH_PACKING = 0.9  # share of real tokens in a block below which moving them together saves time
+
+
+class Packing:
+    """The real tokens of a padded block `[row, token]`, side by side: what acts on single tokens runs on these alone."""
+
+    def __init__(self, valid: Tensor):
+        self.shape = valid.shape
+        self.index = valid.flatten().nonzero().flatten()
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """`[row, token, ...]` -> `[1, real token, ...]`."""
+        return padded.flatten(0, 1)[None, self.index]
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """`[1, real token, ...]` -> `[row, token, ...]`, zeros at the padding."""
+        padded = packed.new_zeros(self.shape.numel(), *packed.shape[2:])
+        return padded.index_copy_(0, self.index, packed[0]).view(*self.shape, *packed.shape[2:])
 
 
 class TreeCache:
@@ -29,6 +47,7 @@ class TreeCache:
         self.positions = torch.zeros(rows, capacity, dtype=torch.long, device=adapter.device)
         self.base = 0
         self.columns = slice(0, 0)
+        self.packing: Packing | None = None
         self.dense = True
         low = adapter.dtype in (torch.bfloat16, torch.float16) and adapter.device.type == "cpu"
         self.multiple = LOW_PRECISION_MULTIPLE if low else 1
@@ -46,9 +65,14 @@ class TreeCache:
         """How many columns attention reads: up to the open ones, and the masked rest of a multiple."""
         return min(-(-self.columns.stop // self.multiple) * self.multiple, self.capacity)
 
-    def open(self, start: int, positions: Tensor) -> None:
-        """Direct the next writes to the columns from `start` on, one per position of `positions` `[row, token]`."""
+    def open(self, start: int, positions: Tensor, valid: Tensor | None = None) -> None:
+        """Direct the next writes to the columns from `start` on, one per position of `positions` `[row, token]`.
+
+        valid `[row, token]`: which tokens are real; a block with enough padding gets a `packing`.
+        """
         stop = start + positions.shape[1]
+        sparse = valid is not None and valid.shape[0] > 1 and int(valid.sum()) < WORTH_PACKING * valid.numel()
+        self.packing = Packing(valid) if sparse and valid is not None else None
         if stop > self.capacity:
             self._grow(stop)
         self.columns = slice(start, stop)

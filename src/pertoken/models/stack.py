@@ -18,11 +18,14 @@ from torch.nn import functional as F
 from pertoken.core.attach import active
 from pertoken.core.policy import View
 from pertoken.models.adapter import Adapter, LlamaLike
-from pertoken.models.cache import TreeCache
+from pertoken.models.cache import Packing, TreeCache
 
 
 class Stack(ABC):
-    """Layers `first..last` of one model. Inputs and outputs as `Adapter`."""
+    """Layers `first..last` of one model. Inputs and outputs as `Adapter`. padding: what a padding token of a
+    block costs, in real ones."""
+
+    padding = 1.0
 
     def __init__(self, adapter: Adapter):
         self.adapter = adapter
@@ -59,7 +62,7 @@ class Stack(ABC):
         start: first cache column to write; allow: see `TreeCache.mask`; valid `[row, token]`: which tokens are real;
         states: collects the output of every layer run.
         """
-        cache.open(start, positions)
+        cache.open(start, positions, valid)
         if valid is None:
             valid = positions >= 0
         self.announce(valid)
@@ -143,11 +146,17 @@ class FusedLayer:
         values: Tensor,
         at: slice,
         read: int,
+        packing: Packing | None = None,
     ) -> Tensor:
-        rows, tokens, width = hidden.shape
+        """One layer on `[row, token, width]`, or on `[1, real token, width]` if `packing` tells where they belong."""
+        width = hidden.shape[-1]
         heads, kv_heads, dim = self.heads, self.kv_heads, self.dim
         normed = F.rms_norm(hidden, (width,), self.norm_in, self.eps)
-        qkv = F.linear(normed, self.qkv, self.qkv_bias).view(rows, tokens, heads + 2 * kv_heads, dim)
+        qkv = F.linear(normed, self.qkv, self.qkv_bias)
+        if packing is not None:
+            qkv = packing.unpack(qkv)
+        rows, tokens = qkv.shape[:2]
+        qkv = qkv.view(rows, tokens, heads + 2 * kv_heads, dim)
         turned = qkv[:, :, : heads + kv_heads]
         if self.q_norm is not None and self.k_norm is not None:
             turned = torch.cat([self.q_norm(turned[:, :, :heads]), self.k_norm(turned[:, :, heads:])], 2)
@@ -162,6 +171,8 @@ class FusedLayer:
             scores += mask
         mixed = torch.matmul(scores.softmax(-1), seen_values)
         mixed = mixed.view(rows, heads, tokens, dim).transpose(1, 2).reshape(rows, tokens, heads * dim)
+        if packing is not None:
+            mixed = packing.pack(mixed)
         hidden = hidden + F.linear(mixed, self.out, self.out_bias)
         normed = F.rms_norm(hidden, (width,), self.norm_mid, self.eps)
         gate_up = F.linear(normed, self.gate_up)
@@ -172,6 +183,7 @@ class FusedLayer:
 class FusedStack(Stack):
     """Llama, Mistral, Qwen2 and Qwen3 layers with joined projections; same cache, same masks."""
 
+    padding = 0.25  # only attention runs on it; measured
     model_types = ("llama", "mistral", "qwen2", "qwen3")
 
     def __init__(self, adapter: Adapter):
@@ -209,13 +221,16 @@ class FusedStack(Stack):
         cos, sin = self.cos[positions], self.sin[positions]
         if self.groups > 1:
             masks = {w: m if m is None else m.repeat(1, 1, self.groups, 1) for w, m in masks.items()}
+        packing = cache.packing
+        if packing is not None:
+            hidden = packing.pack(hidden)
         for index in range(first, last):
             keys, values = cache.buffer[index]
             mask = masks[self.windows[index]]
-            hidden = self.layers[index](hidden, cos, sin, mask, keys, values, cache.columns, cache.read)
+            hidden = self.layers[index](hidden, cos, sin, mask, keys, values, cache.columns, cache.read, packing)
             if states is not None:
-                states.append(hidden)
-        return hidden
+                states.append(hidden if packing is None else packing.unpack(hidden))
+        return hidden if packing is None else packing.unpack(hidden)
 
 
 def weights_version(model: torch.nn.Module) -> tuple[object, ...]:
