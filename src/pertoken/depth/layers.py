@@ -35,9 +35,8 @@ class LayerPolicy(Policy):
         def observe(view: View) -> None:
             decision = attachment.decide(SITE, view)
             assert isinstance(decision, Depth)
-            runs = decision.layers & view.valid[..., None]
-            some, every = runs.any(1).any(0), (runs | ~view.valid[..., None]).all(1).all(0)
-            attachment.state["some"], attachment.state["every"] = some.tolist(), every.tolist()
+            runs = decision.layers[view.valid]
+            attachment.state["some"], attachment.state["every"] = runs.any(0).tolist(), runs.all(0).tolist()
             attachment.state["layers"] = decision.layers
 
         def around_base(forward: Any, *args: Any, **kwargs: Any) -> Any:
@@ -71,6 +70,5 @@ class LayerPolicy(Policy):
 
 def same_layers(view: View, kept: list[int]) -> Depth:
     """Every token runs the same layers."""
-    layers = torch.zeros(*view.valid.shape, view.layers, dtype=torch.bool, device=view.valid.device)
-    layers[..., kept] = True
-    return Depth(valid=view.valid, layers=layers)
+    layers = torch.tensor([index in kept for index in range(view.layers)], device=view.valid.device)
+    return Depth(valid=view.valid, layers=layers.expand(*view.valid.shape, -1))
