@@ -62,7 +62,7 @@ FAMILIES = {
     ),
 }
 LAYERS = 4
-DECODERS = [name for name, card in cards().items() if card.shape == "decoder"]
+DECODERS = [name for name, card in cards().items() if card.shape == "decoder" and card.question == "decode"]
 POLICIES = [name for name, card in cards().items() if card.shape == "policy"]
 
 

@@ -23,11 +23,10 @@ from transformers import (
 )
 
 from pertoken.decode import make
-from pertoken.decode.speculation import stack_of
 from pertoken.decode.tree import Tree, TreeBatch
 from pertoken.models.adapter import adapter_for, families
 from pertoken.models.context import Context
-from pertoken.models.stack import FusedStack, ModuleStack, best_stack, weights_version
+from pertoken.models.stack import FusedStack, ModuleStack, best_stack, stack_of, weights_version
 from tests.contract.conftest import COMMON, FAMILIES, VOCABULARY
 
 torch.set_num_threads(1)

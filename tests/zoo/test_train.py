@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from pertoken.zoo import corpus, evaluate, train
+from pertoken.zoo.next_token import LayerSkipForward, layer_drop_rates, rotating_exits
 from pertoken.zoo.recipe import RECIPES, Recipe, Shape
-from pertoken.zoo.train import LayerSkipForward, Run, RunInterrupted, layer_drop_rates, learning_rate, rotating_exits
+from pertoken.zoo.train import Run, RunInterrupted, learning_rate
 from pertoken.zoo.unlikelihood import greedy_continuations, in_repeats, unlikelihood
 from tests.contract.conftest import COMMON
 
@@ -197,9 +198,9 @@ def test_another_recipe_is_refused_by_what_differs(small_corpus, tmp_path):
 
 def test_training_learns_and_what_is_exported_can_be_loaded(small_corpus, tmp_path):
     run = start(tmp_path, replace(TINY, steps=30, layer_dropout=0.0, lr=2e-2, embedding_lr=2e-2))
-    before = run.evaluate()
+    before = run.objective.evaluate()
     run.train(QUIET)
-    after = run.evaluate()
+    after = run.objective.evaluate()
     assert after["heldout"] < before["heldout"] - 0.5 and after["exit_1"] < before["exit_1"]
     about = json.loads((run.directory / "state.json").read_text())
     assert about["step"] == 30 and about["recipe"]["steps"] == 30

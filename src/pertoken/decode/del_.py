@@ -35,7 +35,8 @@ import torch
 from torch import Tensor
 
 from pertoken.core.card import Paper, method
-from pertoken.decode.request import BadRequest, Request
+from pertoken.core.errors import BadRequest
+from pertoken.decode.request import Request
 from pertoken.decode.speculation import Partial, Proposal, Session, Speculation
 from pertoken.decode.tree import ROOT, Tree
 from pertoken.decode.verify import Walk

@@ -22,8 +22,8 @@ its distribution, so a leaf never costs a draft forward. Expansion is batched: a
 times the best are read in one forward (1 gives the paper's order exactly). Growth stops when a node or a forward costs
 more time than it is expected to save (`economy`; step times are measured once on the machine). `ngrams` adds guesses
 from the row's own text to the same tree, valued by their running acceptance. When decoding greedily the children are
-the most likely tokens rather than samples: with a greedy target any guess is lossless, and a draw's own probability counts
-in its value (v R[y] >= threshold), as it is known; when sampling they are samples, as they must be.
+the most likely tokens rather than samples: with a greedy target any guess is lossless, and a draw's own probability
+counts in its value (v R[y] >= threshold), as it is known; when sampling they are samples, as they must be.
 
 It loses where the draft costs more than a tenth of the target or rarely agrees with it; the economy then draws nothing
 and each step is a plain one.

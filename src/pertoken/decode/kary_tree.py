@@ -6,9 +6,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pertoken.core.card import Paper, method
+from pertoken.core.errors import BadRequest
 from pertoken.decode.drafter import ModelDrafter
 from pertoken.decode.growth import Growth, Shape
-from pertoken.decode.request import BadRequest, Request
+from pertoken.decode.request import Request
 from pertoken.decode.tree_decoder import TreeDecoder
 from pertoken.models.context import Context
 

@@ -24,13 +24,10 @@ from transformers.generation.logits_process import (
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from pertoken.core.errors import BadRequest
 from pertoken.models.adapter import Adapter
 
 WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
-
-
-class BadRequest(ValueError):
-    """The request cannot be served; the message says what was given, what is allowed and what to do."""
 
 
 def callers_streamer() -> Any:

@@ -9,7 +9,6 @@ when sampling.
 from __future__ import annotations
 
 import time
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,16 +20,16 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from pertoken.core.decision import Commit
+from pertoken.core.errors import BadRequest
 from pertoken.core.trace import Player, Trace, TraceMismatch
-from pertoken.decode.request import BadRequest, Request, Row, callers_streamer
+from pertoken.decode.request import Request, Row, callers_streamer
 from pertoken.decode.tree import Tree, TreeBatch
 from pertoken.decode.verify import Choice, Greedy, Sampling, Visit, Walk, verify
 from pertoken.models.adapter import Adapter, adapter_for
 from pertoken.models.context import Context
-from pertoken.models.stack import Stack, best_stack, is_plain, weights_version
+from pertoken.models.stack import stack_of
 
 SITE = "decode.step"
-_STACKS: weakref.WeakKeyDictionary[nn.Module, dict[bool, tuple[Any, Stack]]] = weakref.WeakKeyDictionary()
 
 
 @dataclass
@@ -232,15 +231,6 @@ def _check_unread(model: nn.Module, adapter: Adapter, ids: Tensor, given: dict[s
                 f"the {name} ({type(module).__name__}) has a forward hook, and a speculative decoder runs its layers "
                 "one by one, so the hook would not act; hook the embedding, layers, norm or head instead"
             )
-
-
-def stack_of(model: nn.Module) -> Stack:
-    """The best stack for the model as it is now; kept until its weights change, for the hooked and the plain model."""
-    version, kept = weights_version(model), _STACKS.setdefault(model, {})
-    plain = is_plain(model)
-    if plain not in kept or kept[plain][0] != version or not kept[plain][1].fresh():
-        kept[plain] = (version, best_stack(adapter_for(model)))
-    return kept[plain][1]
 
 
 def _target_logits(

@@ -10,17 +10,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from pertoken.core.attach import attach
+from pertoken.core.errors import BadRequest
 from pertoken.core.policy import Policy
 from pertoken.decode.drafter import ModelDrafter
 from pertoken.decode.growth import NGRAM, Economy, Growth, Shape
 from pertoken.decode.ngram import NGramIndex, Trust
-from pertoken.decode.request import BadRequest, Request
-from pertoken.decode.speculation import Proposal, Session, Speculation, stack_of
+from pertoken.decode.request import Request
+from pertoken.decode.speculation import Proposal, Session, Speculation
 from pertoken.decode.tree import ROOT
 from pertoken.decode.verify import Walk
 from pertoken.models.adapter import adapter_for
 from pertoken.models.context import Context
-from pertoken.models.stack import ModuleStack, Stack
+from pertoken.models.stack import ModuleStack, Stack, stack_of
 from pertoken.models.timing import block_time
 
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pertoken.decode.request import BadRequest, Request, Row
+from pertoken.core.errors import BadRequest
+from pertoken.decode.request import Request, Row
 from pertoken.decode.tree import ROOT, Tree
 
 

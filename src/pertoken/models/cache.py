@@ -19,7 +19,7 @@ WORTH_PACKING = 0.9  # share of real tokens in a block below which moving them t
 
 
 class Packing:
-    """The real tokens of a padded block `[row, token]`, side by side: what acts on single tokens runs on these alone."""
+    """The real tokens of a padded block `[row, token]` side by side, for what acts on single tokens."""
 
     def __init__(self, valid: Tensor):
         self.shape = valid.shape

@@ -8,6 +8,7 @@ with the modules on a probe.
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from pertoken.core.attach import active
 from pertoken.core.policy import View
-from pertoken.models.adapter import Adapter, LlamaLike
+from pertoken.models.adapter import Adapter, LlamaLike, adapter_for
 from pertoken.models.cache import Packing, TreeCache
 
 
@@ -142,13 +143,11 @@ class FusedLayer:
         cos: Tensor,
         sin: Tensor,
         mask: Tensor | None,
-        keys: Tensor,
-        values: Tensor,
-        at: slice,
-        read: int,
-        packing: Packing | None = None,
+        cache: Any,
+        index: int,
     ) -> Tensor:
-        """One layer on `[row, token, width]`, or on `[1, real token, width]` if `packing` tells where they belong."""
+        """Layer `index` on `[row, token, width]`, or on `[1, real token, width]` if the cache's block is packed."""
+        packing: Packing | None = cache.packing
         width = hidden.shape[-1]
         heads, kv_heads, dim = self.heads, self.kv_heads, self.dim
         normed = F.rms_norm(hidden, (width,), self.norm_in, self.eps)
@@ -162,10 +161,9 @@ class FusedLayer:
             turned = torch.cat([self.q_norm(turned[:, :, :heads]), self.k_norm(turned[:, :, heads:])], 2)
         half = dim // 2
         turned = torch.addcmul(turned * cos, torch.cat((turned[..., half:], turned[..., :half]), -1), sin)
-        keys[:, :, at] = turned[:, :, heads:].transpose(1, 2)
-        values[:, :, at] = qkv[:, :, heads + kv_heads :].transpose(1, 2)
+        new_values = qkv[:, :, heads + kv_heads :].transpose(1, 2)
+        seen_keys, seen_values = cache.update(turned[:, :, heads:].transpose(1, 2), new_values, index)
         query = turned[:, :, :heads].transpose(1, 2).reshape(rows, kv_heads, self.groups * tokens, dim)
-        seen_keys, seen_values = keys[:, :, :read], values[:, :, :read]
         scores = torch.matmul(query, seen_keys.transpose(-1, -2)).mul_(self.scale)
         if mask is not None:
             scores += mask
@@ -225,9 +223,7 @@ class FusedStack(Stack):
         if packing is not None:
             hidden = packing.pack(hidden)
         for index in range(first, last):
-            keys, values = cache.buffer[index]
-            mask = masks[self.windows[index]]
-            hidden = self.layers[index](hidden, cos, sin, mask, keys, values, cache.columns, cache.read, packing)
+            hidden = self.layers[index](hidden, cos, sin, masks[self.windows[index]], cache, index)
             if states is not None:
                 states.append(hidden if packing is None else packing.unpack(hidden))
         return hidden if packing is None else packing.unpack(hidden)
@@ -283,3 +279,15 @@ def best_stack(adapter: Adapter) -> Stack:
         return modules
     fused = FusedStack(adapter)
     return fused if _agree(modules, fused) else modules
+
+
+_STACKS: weakref.WeakKeyDictionary[torch.nn.Module, dict[bool, tuple[Any, Stack]]] = weakref.WeakKeyDictionary()
+
+
+def stack_of(model: torch.nn.Module) -> Stack:
+    """The best stack for the model as it is now; kept until its weights change, for the hooked and the plain model."""
+    version, kept = weights_version(model), _STACKS.setdefault(model, {})
+    plain = is_plain(model)
+    if plain not in kept or kept[plain][0] != version or not kept[plain][1].fresh():
+        kept[plain] = (version, best_stack(adapter_for(model)))
+    return kept[plain][1]

@@ -46,7 +46,8 @@ class Recipe:
     distribution the model is distilled from, mixed with the plain loss by `distil`. The last `unlikelihood_steps` steps
     add `unlikelihood_scale` times sequence-level unlikelihood, at rates that fall from `unlikelihood_lr` times the
     peak; the weights exported are those before that stage plus `extrapolate` times the way from there to the mean of
-    the weights saved in its second half.
+    the weights saved in its second half. `start` names the zoo model whose weights the run begins with; `masked` trains
+    a masked-diffusion model (see `zoo.masked`) instead of a next-token one.
     """
 
     shape: Shape
@@ -61,6 +62,8 @@ class Recipe:
     exit_scale: float = 0.0
     layer_dropout: float = 0.0
     teacher: str | None = None
+    start: str | None = None
+    masked: bool = False
     distil: float = 0.0
     unlikelihood_steps: int = 0
     unlikelihood_scale: float = 8.0
@@ -88,6 +91,16 @@ class Zoo:
                 steps=2500,
                 teacher="code-target",
                 distil=0.9,
+            ),
+            "code-diffusion": Recipe(
+                Shape(layers=12, width=256, heads=4, kv_heads=2, ffn=704, vocab=4097),
+                start="code-target",
+                masked=True,
+                steps=3000,
+                batch=16,
+                length=256,
+                lr=3e-3,
+                embedding_lr=2e-3,
             ),
         }
     )

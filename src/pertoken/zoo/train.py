@@ -25,12 +25,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import nn
-from torch.nn import functional as F
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pertoken.zoo import corpus, model_path
+from pertoken.zoo.masked import MASK, MaskedTokens
+from pertoken.zoo.next_token import NextToken
+from pertoken.zoo.objective import Objective
 from pertoken.zoo.recipe import RECIPES, Recipe
-from pertoken.zoo.unlikelihood import greedy_continuations, in_repeats, unlikelihood
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 
@@ -51,55 +52,26 @@ class RunInterrupted(Exception):
     """Raised after Ctrl-C once the run's state is safely on disk."""
 
 
-def layer_drop_rates(layers: int, last: float) -> list[float]:
-    """LayerSkip's schedule: layer `l` is dropped at rate `last * (2 ** (l / (layers - 1)) - 1)`."""
-    return [last * (2 ** (i / max(layers - 1, 1)) - 1) for i in range(layers)]
-
-
-def rotating_exits(step: int, layers: int) -> list[int]:
-    """The two early exits trained at this step: one of the shallow third in turn, one of the deeper ones in turn.
-
-    LayerSkip rotates over all exits alike; a self-speculating model drafts from its shallow third, so that gets half.
-    """
-    shallow = max((layers - 1) // 3, 1)
-    return [step % shallow, shallow + step % (layers - 1 - shallow)] if layers > 2 else [0]
-
-
-class LayerSkipForward(nn.Module):
-    """Logits of the last layer and of some early exits, under per-sample layer dropout.
-
-    ids `[batch, token]`, keep `[layer, batch]` (1 keeps the layer for that sample) -> hidden states `[exit, batch,
-    token, width]` after the shared final norm, the last layer last. Built on the model's own modules.
-    """
-
-    def __init__(self, model: LlamaForCausalLM):
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: torch.Tensor, keep: torch.Tensor, exits: torch.Tensor) -> torch.Tensor:
-        inner = self.model.model
-        hidden = inner.embed_tokens(ids)
-        positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        rotary = inner.rotary_emb(hidden, positions)
-        states = []
-        for layer, kept in zip(inner.layers, keep, strict=True):
-            out = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=rotary)
-            hidden = hidden + kept[:, None, None] * (out - hidden)
-            states.append(hidden)
-        chosen = torch.stack(states[:-1]).index_select(0, exits) if len(exits) else hidden.new_zeros(0, *hidden.shape)
-        return inner.norm(torch.cat([chosen, hidden[None]]))
-
-
 def make_tokenizer(directory: Path, recipe: Recipe) -> Tokenizer:
     """The tokenizer in `directory`; if there is none yet, the packaged teacher's or else a new one is put there."""
     path = directory / "tokenizer.json"
     if not path.exists():
         directory.mkdir(parents=True, exist_ok=True)
-        if recipe.teacher is not None:
-            shutil.copy(model_path(recipe.teacher) / "tokenizer.json", path)
+        if (parent := recipe.teacher or recipe.start) is not None:
+            shutil.copy(model_path(parent) / "tokenizer.json", path)
         else:
             corpus.train_tokenizer(list(corpus.split_texts("train").values()), recipe.shape.vocab).save(str(path))
     return Tokenizer.from_file(str(path))
+
+
+def widened(model: LlamaForCausalLM, vocabulary: int) -> dict[str, torch.Tensor]:
+    """The model's weights with rows for new tokens, which start as the mean of the others."""
+    weights = dict(model.state_dict())
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        table = weights[name]
+        extra = table.mean(0, keepdim=True).expand(vocabulary - len(table), -1)
+        weights[name] = torch.cat([table, extra])
+    return weights
 
 
 def save_pretrained(model: LlamaForCausalLM, tokenizer: Tokenizer, directory: Path, dtype: torch.dtype) -> None:
@@ -108,7 +80,9 @@ def save_pretrained(model: LlamaForCausalLM, tokenizer: Tokenizer, directory: Pa
     copy.to(dtype)
     copy.load_state_dict(model.state_dict())
     copy.save_pretrained(directory)
+    mask = {"mask_token": MASK} if tokenizer.token_to_id(MASK) is not None else {}
     fast = PreTrainedTokenizerFast(
+        **mask,
         tokenizer_object=tokenizer,
         bos_token=corpus.END_OF_TEXT,
         eos_token=corpus.END_OF_TEXT,
@@ -138,23 +112,25 @@ class Run:
         self.recipe = recipe or RECIPES[name]
         directory.mkdir(parents=True, exist_ok=True)
         self.tokenizer = make_tokenizer(directory.parent / "tokenizer", self.recipe)
-        self.stream = corpus.token_stream(self.tokenizer, list(corpus.split_texts("train").values()))
-        self.heldout = corpus.token_stream(self.tokenizer, list(corpus.split_texts("heldout").values()))
+        if self.recipe.masked:
+            self.tokenizer.add_special_tokens([MASK])
         torch.manual_seed(self.recipe.seed)
         end = self.tokenizer.encode(corpus.END_OF_TEXT).ids[0]
         self.model = LlamaForCausalLM(self.recipe.shape.config(end))
         self.model.config._attn_implementation = "sdpa"
-        self.teacher = self._load_teacher()
-        self.forward = torch.compile(LayerSkipForward(self.model)) if compile_model else LayerSkipForward(self.model)
+        objective = MaskedTokens if self.recipe.masked else NextToken
+        self.objective: Objective = objective(self.recipe, self.model, self.tokenizer, compile_model)
+        if self.recipe.start is not None:
+            self.model.load_state_dict(widened(self._load(self.recipe.start), self.recipe.shape.vocab))
+        if self.recipe.teacher is not None:
+            self.objective.teacher = self._load(self.recipe.teacher).to(torch.bfloat16).eval()
         self.optimizers = self._optimizers()
         self.step, self.curve, self.seconds, self.running = 0, [], 0.0, math.nan
 
-    def _load_teacher(self) -> LlamaForCausalLM | None:
-        if self.recipe.teacher is None:
-            return None
-        own = self.directory.parent / self.recipe.teacher / "model"
-        path = own if own.exists() else model_path(self.recipe.teacher)
-        return LlamaForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+    def _load(self, name: str) -> LlamaForCausalLM:
+        """A zoo model: the one trained beside this run, or else the packaged one."""
+        own = self.directory.parent / name / "model"
+        return LlamaForCausalLM.from_pretrained(own if own.exists() else model_path(name), dtype=torch.float32)
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         matrices = [p for n, p in self.model.named_parameters() if p.ndim == 2 and "embed" not in n]
@@ -167,65 +143,15 @@ class Run:
         return [muon, adam]
 
     def batches(self) -> Iterator[np.ndarray]:
-        """Batches `[batch, length + 1]` from the current step on; the order depends on seed and step only."""
-        per_epoch = (len(self.stream) - 2 * self.recipe.length) // self.recipe.length // self.recipe.batch
-        step = self.step
+        """Batches of the objective's rows from the current step on; the order depends on seed and step only."""
+        size, step = self.recipe.batch, self.step
+        per_epoch = self.objective.count // size
         while True:
             epoch, inside = divmod(step, per_epoch)
-            order = corpus.windows(self.stream, self.recipe.length, epoch, self.recipe.seed)
+            rows = self.objective.rows(epoch)
             for index in range(inside, per_epoch):
-                yield order[index * self.recipe.batch : (index + 1) * self.recipe.batch]
+                yield rows[index * size : (index + 1) * size]
                 step += 1
-
-    def loss(self, batch: np.ndarray, generator: torch.Generator) -> tuple[torch.Tensor, float]:
-        """Training loss of one batch, and the plain final-layer loss in nats per token."""
-        recipe, layers = self.recipe, self.recipe.shape.layers
-        tokens = torch.from_numpy(batch.astype(np.int64))
-        ids, labels = tokens[:, :-1], tokens[:, 1:].flatten()
-        rates = torch.tensor(layer_drop_rates(layers, recipe.layer_dropout))
-        keep = (torch.rand(layers, len(ids), generator=generator) >= rates[:, None]).float()
-        exits = torch.tensor(rotating_exits(self.step, layers) if recipe.exit_scale else [], dtype=torch.long)
-        hidden = self.forward(ids, keep, exits)
-        losses = [F.cross_entropy(self.model.lm_head(state).flatten(0, 1).float(), labels) for state in hidden[:-1]]
-        logits = self.model.lm_head(hidden[-1]).flatten(0, 1).float()
-        final = F.cross_entropy(logits, labels)
-        total = final
-        if self.teacher is not None:
-            with torch.no_grad():
-                target = self.teacher(ids, use_cache=False).logits.flatten(0, 1).float()
-            kl = F.kl_div(logits.log_softmax(-1), target.log_softmax(-1), reduction="batchmean", log_target=True)
-            total = recipe.distil * kl + (1 - recipe.distil) * final
-        if losses:
-            total = total + recipe.exit_scale * torch.stack(losses).mean()
-        if self.step >= recipe.steps - recipe.unlikelihood_steps:
-            total = total + recipe.unlikelihood_scale * unlikelihood(self.model, tokens[:, :192].reshape(-1, 96))
-        return total, float(final.detach())
-
-    @torch.inference_mode()
-    def evaluate(self, batches: int = 24) -> dict[str, float]:
-        """Held-out loss in nats per token of the last layer and of a shallow exit, over the same windows each time."""
-        recipe, layers = self.recipe, self.recipe.shape.layers
-        order = corpus.windows(self.heldout, recipe.length, 0, 1)[: batches * 4]
-        keep = torch.ones(layers, 4)
-        exits = torch.tensor([i for i in (0, 1, 2) if i < layers - 1])
-        plain, sums = LayerSkipForward(self.model), torch.zeros(len(exits) + 1)
-        count = 0
-        for start in range(0, len(order) - 3, 4):
-            tokens = torch.from_numpy(order[start : start + 4].astype(np.int64))
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                hidden = plain(tokens[:, :-1], keep, exits)
-                for i, state in enumerate(hidden):
-                    logits = self.model.lm_head(state).flatten(0, 1).float()
-                    sums[i] += F.cross_entropy(logits, tokens[:, 1:].flatten())
-            count += 1
-        means = (sums / count).tolist()
-        prefixes = torch.from_numpy(order[:32, :96].astype(np.int64))
-        repeated = in_repeats(greedy_continuations(self.model, prefixes, 96)).float().mean()
-        return {
-            "heldout": means[-1],
-            "in_repeats": float(repeated),
-            **{f"exit_{i + 1}": m for i, m in zip(exits.tolist(), means, strict=False)},
-        }
 
     def save(self) -> None:
         """Write weights, optimizer tensors, step and curve, so that an interrupted write loses nothing."""
@@ -306,7 +232,7 @@ class Run:
                     for optimizer, peak in zip(self.optimizers, (recipe.lr, recipe.embedding_lr), strict=True):
                         optimizer.param_groups[0]["lr"] = peak * learning_rate(self.step, recipe)
                     with torch.autocast("cpu", dtype=torch.bfloat16):
-                        loss, plain = self.loss(next(batches), generator)
+                        loss, plain = self.objective.loss(next(batches), self.step, generator)
                     loss.backward()
                     nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
                     whole = False
@@ -320,7 +246,7 @@ class Run:
                     progress.update(task, advance=1, description=f"{self.name} loss {self.running:.3f}")
                     if self.step % recipe.evaluate_every == 0 or self.step == end:
                         point = {"step": self.step, "train": self.running, "seconds": round(self.seconds, 1)}
-                        self.curve.append(point | self.evaluate())
+                        self.curve.append(point | self.objective.evaluate())
                         progress.console.print(json.dumps(self.curve[-1]))
                     if self.step % recipe.save_every == 0 or self.step == end:
                         self.save()

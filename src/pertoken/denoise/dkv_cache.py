@@ -1,0 +1,103 @@
+"""dKV-Cache: keep the keys and values of decided tokens, one step late, and renew them now and then.
+
+Source: Ma et al., "dKV-Cache: The Cache for Diffusion Language Models", arXiv 2505.15781. A token's keys and values
+jump most at the step at which it is decided, so they are kept only from the step after. Let U_t be what is decided
+after step t of the block (prompts included).
+
+- `DKVCache`, dKV-Cache-Decode: steps 0 and 1 of a block and every `interval`-th one compute everything; the others
+  compute A_t = everything but U_{t-2}: what is undecided and what was decided at the step before.
+- `DKVCacheGreedy`: only A_t = D_t + D_{t-1} + W_t: what is decided now, what was decided at the step before, and a
+  window of the nearest undecided neighbours. D_t must be known before the forward, so the commit rule must be one
+  that knows its order, as `RandomCommit`; with another rule the window stands around D_{t-1} (which the paper's
+  ablation favours) and only what was computed can be committed.
+
+What differs: rows of a batch keep their own step counts and caches. Where the output at i - 1 predicts token i, a
+position stays active until both it and the token it predicts are decided (the released code's "un_right"). It loses
+on canvases much longer than the text, where the undecided positions of later blocks are most of the work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pertoken.core.card import Paper, method
+from pertoken.core.errors import BadRequest
+from pertoken.denoise.canvas import Canvas
+from pertoken.denoise.rules import RefreshRule
+
+PAPER = Paper("dKV-Cache: The Cache for Diffusion Language Models", "2505.15781")
+
+
+@method(
+    question="denoise",
+    shape="decoder",
+    exactness="approximate",
+    paper=PAPER,
+    writes={"refresh"},
+    needs={"diffusion"},
+    baselines=("recompute", "prefix_cache", "dual_cache"),
+)
+@dataclass(frozen=True)
+class DKVCache(RefreshRule):
+    """Keep decided tokens one step late; renew all every `interval` steps of a block (1: no cache)."""
+
+    interval: int = 8
+
+    def __post_init__(self) -> None:
+        if self.interval < 1:
+            raise BadRequest(f"interval={self.interval} is too short; give 1 to recompute always, or more")
+
+    def plan(self, canvas: Canvas, upcoming: Tensor | None) -> Tensor:
+        return renewed(canvas, self.interval) | canvas.masked | decided_last(canvas)
+
+
+@method(
+    question="denoise",
+    shape="decoder",
+    exactness="approximate",
+    paper=PAPER,
+    name="dkv_cache_greedy",
+    writes={"refresh"},
+    needs={"diffusion"},
+    baselines=("recompute", "dkv_cache", "dual_cache"),
+)
+@dataclass(frozen=True)
+class DKVCacheGreedy(RefreshRule):
+    """Compute only what is decided now or was just now, and `window` undecided neighbours."""
+
+    interval: int = 2
+    window: int = 4
+
+    def __post_init__(self) -> None:
+        if self.interval < 1:
+            raise BadRequest(f"interval={self.interval} is too short; give 1 to recompute always, or more")
+
+    def plan(self, canvas: Canvas, upcoming: Tensor | None) -> Tensor:
+        last = decided_last(canvas)
+        centre = last if upcoming is None else upcoming
+        return renewed(canvas, self.interval) | last | centre | self._near(canvas, centre)
+
+    def _near(self, canvas: Canvas, centre: Tensor) -> Tensor:
+        """The `window` undecided positions of the block nearest to any centre, to the left first."""
+        gap = canvas.columns[:, None] - canvas.columns
+        far = 4 * canvas.width
+        cost = 4 * gap.abs() + (gap > 0)  # [column, centre]; left of a centre before right of it
+        distance = cost.masked_fill(~centre[:, None], far).amin(-1)
+        distance = distance.masked_fill(~(canvas.masked & canvas.in_block) | centre, far)
+        order = distance.argsort(dim=-1, stable=True)[:, : self.window]
+        near = torch.zeros_like(centre).scatter_(1, order, True)
+        return near & (distance < far)
+
+
+def renewed(canvas: Canvas, interval: int) -> Tensor:
+    """`[row, 1]`: whether this step of the block computes everything."""
+    step = canvas.block_step
+    return ((step < 2) | (step % interval == 0))[:, None]
+
+
+def decided_last(canvas: Canvas) -> Tensor:
+    """`[row, column]`: decided at the row's last step."""
+    return canvas.decided_at == canvas.step[:, None] - 1

@@ -1,0 +1,48 @@
+"""Where rows may end: canvas rules that go with any commit and refresh rule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pertoken.core.errors import BadRequest
+from pertoken.denoise.canvas import Canvas
+from pertoken.denoise.rules import CanvasRule
+
+
+@dataclass(frozen=True)
+class EndOfText(CanvasRule):
+    """Learn2PD's end-of-text prediction (EoTP): cut a row behind its end of text, so that padding costs nothing.
+
+    Source: arXiv 2509.25188. when: "decided", the paper's rule, cuts behind the first end of text that was committed;
+    "predicted", the released code's, also behind the most confident end of text predicted anywhere on the canvas, which
+    is sooner and riskier.
+    """
+
+    when: Literal["decided", "predicted"] = "decided"
+
+    def __post_init__(self) -> None:
+        if self.when not in ("decided", "predicted"):
+            raise BadRequest(f"when={self.when!r} is unknown; choose 'decided' or 'predicted'")
+
+    @property
+    def reads_all(self) -> bool:  # type: ignore[override]
+        return self.when == "predicted"
+
+    def trim(self, canvas: Canvas, end: int, found: Tensor, guesses: tuple[Tensor, Tensor] | None) -> Tensor:
+        ended = canvas.valid & (canvas.ids == end) & ~canvas.masked & (canvas.columns >= canvas.start)
+        cut = first(ended) + 1
+        if guesses is not None:
+            tokens, confidence = guesses
+            open_ = (tokens == end) & canvas.masked
+            best = confidence.masked_fill(~open_, -1.0).argmax(-1)
+            cut = torch.where(ended.any(-1) | ~open_.any(-1), cut, best + 1)
+        return cut.clamp(max=canvas.width)
+
+
+def first(mask: Tensor) -> Tensor:
+    """`[row]` column of the first True, the width where there is none."""
+    return torch.where(mask.any(-1), mask.int().argmax(-1), mask.shape[-1])

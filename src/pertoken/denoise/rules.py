@@ -1,0 +1,114 @@
+"""The three plug-in decisions of the denoising loop, and what they are shown.
+
+A *commit rule* says which undecided positions of each row's present block become final; a *refresh rule* says which
+positions' keys and values are computed in the next forward; a *canvas rule* may end rows early. All are frozen and look
+at each row by itself, so that a row does not depend on its batch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pertoken.denoise.canvas import Canvas
+
+if TYPE_CHECKING:
+    from pertoken.denoise.settings import Settings
+
+
+@dataclass
+class Guess:
+    """What the model says about every place of each row's block, the decided ones too.
+
+    scores `[row, place, vocabulary]` float32 logits; tokens `[row, place]`: the argmax or a sample; confidence `[row,
+    place]` float64: the unsharpened probability of that token; masked `[row, place]`: undecided, and computed in this
+    forward; quota `[row]`: how many places the even schedule commits at this step.
+    """
+
+    scores: Tensor
+    tokens: Tensor
+    confidence: Tensor
+    masked: Tensor
+    quota: Tensor
+
+    @property
+    def ranked(self) -> Tensor:
+        """Confidence with decided places at minus infinity."""
+        return self.confidence.masked_fill(~self.masked, -torch.inf)
+
+    @cached_property
+    def entropy(self) -> Tensor:
+        """`[row, place]` float64 nats."""
+        log_p = self.scores.double().log_softmax(-1)
+        return -(log_p.exp() * log_p).sum(-1)
+
+
+def top(ranked: Tensor, count: Tensor) -> Tensor:
+    """bool `[row, place]`: the `count[row]` highest finite places of `ranked`; the first of equal ones wins."""
+    order = ranked.argsort(dim=-1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(ranked.shape[-1], device=order.device).expand_as(order)
+    )
+    return (rank < count[:, None]) & (ranked > -torch.inf)
+
+
+class Rule(ABC):
+    """Base of all three. A rule is also a decoder: called, it runs the loop with itself and defaults for the others."""
+
+    slot: str
+
+    def __call__(self, model: Any, input_ids: Tensor, **kwargs: Any) -> Any:
+        """For `model.generate(..., custom_generate=rule)`."""
+        from pertoken.denoise.loop import Denoise
+
+        return Denoise(**{self.slot: self})(model, input_ids, **kwargs)
+
+    def fitted(self, settings: Settings) -> Any:
+        """This rule made ready for what a call asks; raises `BadRequest` if it cannot be."""
+        return self
+
+
+class CommitRule(Rule):
+    """Which undecided places of the block become final. The loop commits the most confident one where none is."""
+
+    slot = "commit"
+
+    @abstractmethod
+    def choose(self, guess: Guess, canvas: Canvas) -> Tensor:
+        """bool `[row, place]`; decided places are ignored."""
+
+    def upcoming(self, canvas: Canvas, quota: Tensor) -> Tensor | None:
+        """bool `[row, column]`: what this rule will commit at this step, if it knows before the forward; quota `[row]`
+        as in `Guess`."""
+        return None
+
+
+class RefreshRule(Rule):
+    """Which positions are computed in the next forward."""
+
+    slot = "refresh"
+
+    @abstractmethod
+    def plan(self, canvas: Canvas, upcoming: Tensor | None) -> Tensor:
+        """bool `[row, column]` over all positions; invalid ones are ignored. The outputs that predict the planned
+        tokens are computed along."""
+
+
+class CanvasRule(Rule):
+    """Where rows may end before the canvas does."""
+
+    slot = "canvas"
+    reads_all = False  # whether `trim` needs guesses for the undecided positions of all blocks
+
+    @abstractmethod
+    def trim(self, canvas: Canvas, end: int, found: Tensor, guesses: tuple[Tensor, Tensor] | None) -> Tensor:
+        """`[row]` columns before which each row ends from now on (`canvas.width` for no change).
+
+        end: the end-of-text token; found `[row, column]`: positions committed at this step; guesses: tokens and
+        confidences `[row, column]` at all undecided positions, if `reads_all`.
+        """

@@ -1,0 +1,122 @@
+"""What a call asks for, checked before any work is done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pertoken.core.errors import BadRequest
+from pertoken.models.adapter import Adapter, adapter_for
+
+if TYPE_CHECKING:
+    from pertoken.denoise.loop import Denoise
+
+
+@dataclass(frozen=True)
+class Settings:
+    """ids, attention_mask `[row, token]`: the left-padded prompts; length, block, steps_per_block: of the canvas; end,
+    pad: tokens, None where the model has no end of text."""
+
+    adapter: Adapter
+    ids: Tensor
+    attention_mask: Tensor
+    length: int
+    block: int
+    steps_per_block: int
+    mask_token: int
+    shift: int
+    temperature: float
+    end: int | None
+    pad: int
+    as_dict: bool
+
+    @classmethod
+    def of(cls, rules: Denoise, model: Any, ids: Tensor, attention_mask: Tensor | None, config: Any) -> Settings:
+        """Raises `BadRequest` for a causal model, a canvas that does not fit, blocks that do not divide."""
+        config, about = config or model.generation_config, model.config
+        if getattr(about, "is_causal", True) is not False:
+            raise BadRequest(
+                f"{type(model).__name__} is causal (config.is_causal is not False): it cannot fill in a canvas. Give a "
+                "masked-diffusion model such as zoo:code-diffusion; if this one is bidirectional, say so with "
+                "model.config.is_causal = False"
+            )
+        mask_token = rules.mask_token if rules.mask_token is not None else getattr(about, "mask_token_id", None)
+        if mask_token is None or not 0 <= mask_token < about.vocab_size:
+            raise BadRequest(
+                f"mask token {mask_token} is not in the vocabulary of {about.vocab_size} tokens; set "
+                "config.mask_token_id or give Denoise(mask_token=...)"
+            )
+        shift = rules.shift if rules.shift is not None else getattr(about, "prediction_shift", 0)
+        if shift not in (0, 1):
+            raise BadRequest(
+                f"shift={shift} is unknown; 0: the output at i predicts token i, 1: the output at i - 1 does"
+            )
+        attention_mask = torch.ones_like(ids) if attention_mask is None else attention_mask
+        length = cls._length(config, ids)
+        block = min(rules.block or length, length)
+        if block < 1 or length % block:
+            divisors = [d for d in range(1, length + 1) if length % d == 0]
+            raise BadRequest(
+                f"block={block} does not divide the canvas of {length} positions; give one of "
+                f"{', '.join(map(str, divisors))} or another max_new_tokens"
+            )
+        blocks = length // block
+        steps = rules.steps or length
+        if steps < 1 or steps % blocks:
+            raise BadRequest(f"steps={steps} do not divide over {blocks} blocks; give a multiple of {blocks}")
+        adapter = adapter_for(model)
+        cls._check_rows(ids, attention_mask, shift)
+        need = int(attention_mask.sum(-1).max()) + length
+        if need > adapter.positions:
+            raise BadRequest(
+                f"prompt and canvas need {need} positions, the model has {adapter.positions}; shorten the prompt or "
+                f"lower max_new_tokens to {max(adapter.positions - need + length, 0)}"
+            )
+        end = config.eos_token_id
+        end = end[0] if isinstance(end, (list, tuple)) else end
+        end = int(end) if end is not None else None
+        pad = config.pad_token_id if config.pad_token_id is not None else (end or 0)
+        temperature = float(config.temperature or 1.0) if config.do_sample else 0.0
+        return cls(
+            adapter,
+            ids,
+            attention_mask,
+            length,
+            block,
+            steps // blocks,
+            mask_token,
+            shift,
+            temperature,
+            end,
+            int(pad),
+            bool(config.return_dict_in_generate),
+        )
+
+    @staticmethod
+    def _length(config: Any, ids: Tensor) -> int:
+        length = config.max_new_tokens
+        if length is None:
+            length = (config.max_length or 0) - ids.shape[1]
+        if length < 1:
+            raise BadRequest(f"max_new_tokens={length} leaves no canvas; give at least 1")
+        return int(length)
+
+    @staticmethod
+    def _check_rows(ids: Tensor, attention_mask: Tensor, shift: int) -> None:
+        if ids.ndim != 2 or attention_mask.shape != ids.shape:
+            raise BadRequest(
+                f"input_ids {list(ids.shape)} and attention_mask {list(attention_mask.shape)} must both be [row, token]"
+            )
+        lengths = attention_mask.sum(-1)
+        if bool((lengths < shift).any()):
+            row = int((lengths < shift).nonzero()[0])
+            raise BadRequest(
+                f"row {row} has an empty prompt, and this model predicts a token from the output before it; start the "
+                "row with the end-of-text token"
+            )
+        if ids.shape[1] and bool((attention_mask.diff(dim=-1) < 0).any()):
+            row = int((attention_mask.diff(dim=-1) < 0).any(-1).nonzero()[0])
+            raise BadRequest(f"row {row} is padded on the right or inside; pad on the left (padding_side='left')")
