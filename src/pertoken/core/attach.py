@@ -129,6 +129,11 @@ class Attachment:
             self.trace.record(site, decision)
         return decision
 
+    @property
+    def taped(self) -> bool:
+        """Whether decisions are recorded or replayed, so that each must be asked for."""
+        return self.trace is not None or self._player is not None
+
     def reset(self) -> None:
         """Forget the state of the last request."""
         self.state.clear()

@@ -6,7 +6,7 @@ and drawn without knowing which method made them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -35,7 +35,7 @@ class Decision:
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by field name: what a trace stores."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: getattr(self, name) for name in self.__match_args__}
 
     def rows(self, index: Tensor) -> Decision:
         """The decision of the given batch rows."""

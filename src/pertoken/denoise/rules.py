@@ -66,7 +66,8 @@ class Rule(ABC):
         """For `model.generate(..., custom_generate=rule)`."""
         from pertoken.denoise.loop import Denoise
 
-        return Denoise(**{self.slot: self})(model, input_ids, **kwargs)
+        rules: dict[str, Any] = {self.slot: self}
+        return Denoise(**rules)(model, input_ids, **kwargs)
 
     def fitted(self, settings: Settings) -> Any:
         """This rule made ready for what a call asks; raises `BadRequest` if it cannot be."""

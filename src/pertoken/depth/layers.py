@@ -21,51 +21,67 @@ class LayerPolicy(Policy):
     """Base of policies that choose layers. `decide` returns a `Depth`; a layer that no token runs is not called.
 
     Where the tokens of one forward differ, the layer runs and the others keep their input. The first layer always runs:
-    transformers reads the length of the context from its cache.
+    transformers reads the length of the context from its cache. uniform: every token of every forward runs the same
+    layers, so that they are decided once per attachment where nothing is recorded or replayed.
     """
 
     budget: Budget = Budget(fraction=0.5)
     reads: ClassVar[frozenset[str]] = frozenset()
     writes: ClassVar[frozenset[str]] = frozenset({"layers"})
+    uniform: ClassVar[bool] = False
 
     def install(self, model: Any, attachment: Attachment) -> None:
         adapter = adapter_for(model)
         depth = adapter.depth
 
         def observe(view: View) -> None:
+            if self.uniform and attachment.state and not attachment.taped:
+                return
             decision = attachment.decide(SITE, view)
             assert isinstance(decision, Depth)
-            runs = decision.layers[view.valid]
-            attachment.state["some"], attachment.state["every"] = runs.any(0).tolist(), runs.all(0).tolist()
-            attachment.state["layers"] = decision.layers
+            layers = decision.layers
+            if layers.stride()[:2] == (0, 0) and layers.numel():  # expanded: the same layers for every token
+                runs, count = layers[0, 0].tolist(), 1
+            else:
+                real = layers[view.valid]
+                runs, count = real.sum(0).tolist(), len(real)
+            state = attachment.state
+            state["idle"] = {index for index, some in enumerate(runs) if not some} if count else set()
+            state["mixed"] = {index for index, some in enumerate(runs) if 0 < some < count}
+            state["layers"] = layers
 
         def around_base(forward: Any, *args: Any, **kwargs: Any) -> Any:
             ids = kwargs.get("input_ids", args[0] if args else None)
             if ids is None:
                 ids = kwargs["inputs_embeds"][..., 0]
             mask = kwargs.get("attention_mask")
-            valid = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device)
             if torch.is_tensor(mask) and mask.ndim == 2:
                 valid = mask[:, -ids.shape[1] :].bool()
+            else:
+                valid = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device)
             attachment.begin(View(valid=valid, layers=depth))
             return forward(*args, **kwargs)
 
-        def around_layer(index: int) -> Any:
-            def run(forward: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        nothing: set[int] = set()
+
+        def around_layer(index: int, forward: Any) -> Any:
+            def run(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
                 state = attachment.state
-                if not state or state["every"][index]:
+                if not attachment.enabled:
                     return forward(hidden, *args, **kwargs)
-                if not state["some"][index]:
+                if index in state.get("idle", nothing):
                     return hidden
                 out = forward(hidden, *args, **kwargs)
-                return torch.where(state["layers"][..., index, None], out, hidden)
+                if index in state.get("mixed", nothing):
+                    out = torch.where(state["layers"][..., index, None], out, hidden)
+                return out
 
             return run
 
         attachment.on_forward(observe)
         attachment.wrap(adapter.base, around_base)
         for index, layer in enumerate(adapter.layers):
-            attachment.wrap(layer, around_layer(index))
+            attachment.set_attribute(layer, "forward", around_layer(index, layer.forward))
 
 
 def same_layers(view: View, kept: list[int]) -> Depth:

@@ -34,5 +34,7 @@ def spaced(count: int, total: int) -> list[int]:
 class SkipLayers(LayerPolicy):
     """Run evenly spaced layers only; `budget` in layers or as a share of the depth."""
 
+    uniform = True
+
     def decide(self, view: View) -> Depth:
         return same_layers(view, spaced(max(self.budget.count(view.layers), 1), view.layers))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from pertoken.core.attach import active
 from pertoken.core.policy import View
 from pertoken.models.adapter import Adapter, LlamaLike, adapter_for
 from pertoken.models.cache import Packing, TreeCache
+from pertoken.models.slots import SlotCache
 
 
 class Stack(ABC):
@@ -80,8 +82,8 @@ class Stack(ABC):
         self,
         hidden: Tensor,
         positions: Tensor,
-        cache: TreeCache,
-        masks: dict[int | None, Tensor | None],
+        cache: TreeCache | SlotCache,
+        masks: Mapping[int | None, Tensor | None],
         first: int,
         last: int,
         states: list[Tensor] | None = None,

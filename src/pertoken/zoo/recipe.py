@@ -46,8 +46,8 @@ class Recipe:
     distribution the model is distilled from, mixed with the plain loss by `distil`. The last `unlikelihood_steps` steps
     add `unlikelihood_scale` times sequence-level unlikelihood, at rates that fall from `unlikelihood_lr` times the
     peak; the weights exported are those before that stage plus `extrapolate` times the way from there to the mean of
-    the weights saved in its second half. `start` names the zoo model whose weights the run begins with; `masked` trains
-    a masked-diffusion model (see `zoo.masked`) instead of a next-token one.
+    the weights saved in its second half. `start` names the zoo model whose weights the run begins with (its first
+    layers, where this one has fewer). `objective` is a name of `zoo.train.OBJECTIVES`.
     """
 
     shape: Shape
@@ -63,7 +63,7 @@ class Recipe:
     layer_dropout: float = 0.0
     teacher: str | None = None
     start: str | None = None
-    masked: bool = False
+    objective: str = "next_token"
     distil: float = 0.0
     unlikelihood_steps: int = 0
     unlikelihood_scale: float = 8.0
@@ -72,6 +72,20 @@ class Recipe:
     seed: int = 20261124
     evaluate_every: int = 100
     save_every: int = 100
+
+
+def _twin(objective: str) -> Recipe:
+    """Models of equal size, start and data that differ in what they learn to predict."""
+    return Recipe(
+        Shape(layers=5, width=256, heads=4, kv_heads=2, ffn=704, vocab=4097),
+        start="code-target",
+        objective=objective,
+        steps=2000,
+        batch=10,
+        length=384,
+        lr=4e-3,
+        embedding_lr=2e-3,
+    )
 
 
 @dataclass(frozen=True)
@@ -92,16 +106,8 @@ class Zoo:
                 teacher="code-target",
                 distil=0.9,
             ),
-            "code-diffusion": Recipe(
-                Shape(layers=12, width=256, heads=4, kv_heads=2, ffn=704, vocab=4097),
-                start="code-target",
-                masked=True,
-                steps=3000,
-                batch=16,
-                length=256,
-                lr=3e-3,
-                embedding_lr=2e-3,
-            ),
+            "code-diffusion": _twin("masked"),
+            "code-twin": _twin("answering"),
         }
     )
 

@@ -28,11 +28,17 @@ from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pertoken.zoo import corpus, model_path
+from pertoken.zoo.answering import AnsweringTokens
 from pertoken.zoo.masked import MASK, MaskedTokens
 from pertoken.zoo.next_token import NextToken
 from pertoken.zoo.objective import Objective
 from pertoken.zoo.recipe import RECIPES, Recipe
 
+OBJECTIVES: dict[str, type[Objective]] = {
+    "next_token": NextToken,
+    "masked": MaskedTokens,
+    "answering": AnsweringTokens,
+}
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 
 
@@ -64,20 +70,20 @@ def make_tokenizer(directory: Path, recipe: Recipe) -> Tokenizer:
     return Tokenizer.from_file(str(path))
 
 
-def widened(model: LlamaForCausalLM, vocabulary: int) -> dict[str, torch.Tensor]:
-    """The model's weights with rows for new tokens, which start as the mean of the others."""
-    weights = dict(model.state_dict())
+def fitting(start: LlamaForCausalLM, model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
+    """The weights of `start` that `model` has too, with rows for new tokens, which begin as the mean of the others."""
+    wanted, weights = model.state_dict(), dict(start.state_dict())
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         table = weights[name]
-        extra = table.mean(0, keepdim=True).expand(vocabulary - len(table), -1)
+        extra = table.mean(0, keepdim=True).expand(len(wanted[name]) - len(table), -1)
         weights[name] = torch.cat([table, extra])
-    return weights
+    return {name: weights[name] for name in wanted}
 
 
 def save_pretrained(model: LlamaForCausalLM, tokenizer: Tokenizer, directory: Path, dtype: torch.dtype) -> None:
     """Write model (in `dtype`) and tokenizer in Hugging Face format."""
     copy: Any = LlamaForCausalLM(model.config)
-    copy.to(dtype)
+    copy.to(dtype=dtype)
     copy.load_state_dict(model.state_dict())
     copy.save_pretrained(directory)
     mask = {"mask_token": MASK} if tokenizer.token_to_id(MASK) is not None else {}
@@ -112,18 +118,19 @@ class Run:
         self.recipe = recipe or RECIPES[name]
         directory.mkdir(parents=True, exist_ok=True)
         self.tokenizer = make_tokenizer(directory.parent / "tokenizer", self.recipe)
-        if self.recipe.masked:
+        if self.recipe.objective != "next_token":
             self.tokenizer.add_special_tokens([MASK])
         torch.manual_seed(self.recipe.seed)
         end = self.tokenizer.encode(corpus.END_OF_TEXT).ids[0]
         self.model = LlamaForCausalLM(self.recipe.shape.config(end))
         self.model.config._attn_implementation = "sdpa"
-        objective = MaskedTokens if self.recipe.masked else NextToken
+        objective = OBJECTIVES[self.recipe.objective]
         self.objective: Objective = objective(self.recipe, self.model, self.tokenizer, compile_model)
         if self.recipe.start is not None:
-            self.model.load_state_dict(widened(self._load(self.recipe.start), self.recipe.shape.vocab))
+            self.model.load_state_dict(fitting(self._load(self.recipe.start), self.model))
         if self.recipe.teacher is not None:
-            self.objective.teacher = self._load(self.recipe.teacher).to(torch.bfloat16).eval()
+            teacher: Any = self._load(self.recipe.teacher)
+            self.objective.teacher = teacher.to(dtype=torch.bfloat16).eval()
         self.optimizers = self._optimizers()
         self.step, self.curve, self.seconds, self.running = 0, [], 0.0, math.nan
 

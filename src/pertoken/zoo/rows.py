@@ -1,0 +1,56 @@
+"""Rows of text and of prompts with answers: what the diffusion model, its twin and the insertion model learn from."""
+
+from __future__ import annotations
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from pertoken.zoo import corpus
+from pertoken.zoo.functions import functions
+from pertoken.zoo.recipe import Recipe
+from pertoken.zoo.unit_tests import unit_tests
+
+ANSWERS = 0.4  # share of the rows that are prompts with answers
+TESTS = 0.3  # share of these that are functions with unit tests
+
+
+class Rows:
+    """Rows `[row, 1 + length]`: how many leading tokens are given, and the tokens, the first of them the end of text.
+
+    Most are windows of the corpus; the others are functions with their bodies and functions with unit tests, filled up
+    with the end of text; of these the prompt is given in every other row. heldout: the held-out stream of tokens.
+    """
+
+    def __init__(self, recipe: Recipe, tokenizer: Tokenizer):
+        self.length, self.seed, self.tokenizer = recipe.length, recipe.seed, tokenizer
+        texts = {split: list(corpus.split_texts(split).values()) for split in ("train", "heldout")}
+        self.stream = corpus.token_stream(tokenizer, texts["train"])
+        self.heldout = corpus.token_stream(tokenizer, texts["heldout"])
+        self.end = tokenizer.token_to_id(corpus.END_OF_TEXT)
+        self.answers = self.encoded(functions(texts["train"]))
+        self.windows = (len(self.stream) - 2 * self.length) // self.length
+        self.count = int(self.windows / (1 - ANSWERS))
+
+    def encoded(self, pairs: list[tuple[str, str]]) -> np.ndarray:
+        """Rows of prompts with their answers, those that fit."""
+        rows = []
+        prompts = self.tokenizer.encode_batch([prompt for prompt, _ in pairs])
+        answers = self.tokenizer.encode_batch([answer for _, answer in pairs])
+        for prompt, answer in zip(prompts, answers, strict=True):
+            ids = [self.end, *prompt.ids, *answer.ids]
+            if len(ids) < self.length:
+                rows.append([1 + len(prompt.ids), *ids, *[self.end] * (self.length - len(ids))])
+        return np.array(rows, dtype=np.uint16).reshape(-1, 1 + self.length)
+
+    def epoch(self, epoch: int) -> np.ndarray:
+        """The rows of an epoch, at least `count`, in an order fixed by the recipe's seed."""
+        rng = np.random.default_rng((self.seed, epoch, 1))
+        text = corpus.windows(self.stream, self.length - 1, epoch, self.seed)[: self.windows]
+        text = np.concatenate([np.ones((len(text), 1), np.uint16), text], 1)
+        wanted = max(self.count - len(text), 1)
+        tests = self.encoded(unit_tests(int(TESTS * wanted), seed=self.seed + epoch))
+        left = wanted - len(tests)
+        chosen = rng.permutation(np.arange(left) % max(len(self.answers), 1))
+        answers = np.concatenate([self.answers[chosen] if len(self.answers) else self.answers, tests])
+        answers[rng.random(len(answers)) < 0.5, 0] = 1
+        return rng.permutation(np.concatenate([text, answers]))
