@@ -8,7 +8,7 @@ import torch
 from tests.contract.conftest import FAMILIES
 
 torch.set_num_threads(1)
-MASK, END = 100, 1
+MASK, END = 60, 1
 
 
 def bidirectional(family: str, layers: int = 3):

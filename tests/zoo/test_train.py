@@ -153,7 +153,7 @@ def test_a_write_that_breaks_off_leaves_a_state_that_fits_together(whole, tmp_pa
     with pytest.raises(OSError, match="no space"):
         run.train(QUIET)
     monkeypatch.undo()
-    texts = {"train": whole.stream, "heldout": whole.heldout}
+    texts = {"train": whole.objective.stream, "heldout": whole.objective.heldout}
     monkeypatch.setattr(corpus, "split_texts", lambda split, root=None: {split: ""})
     monkeypatch.setattr(corpus, "token_stream", lambda tokenizer, t: texts["train"])
     again = start(tmp_path / "parts", recipe)

@@ -38,7 +38,7 @@ class DiffusionModel:
         width = int(count.max())
         if width == read:
             columns = canvas.columns[:read].expand(canvas.rows, -1)
-            real = canvas.valid[:, :read]
+            real = wanted[:, :read]
         else:
             columns = wanted.int().argsort(dim=-1, descending=True, stable=True)[:, :width]
             real = torch.arange(width, device=columns.device) < count[:, None]
@@ -52,13 +52,11 @@ class DiffusionModel:
             self.outputs = hidden.new_zeros(canvas.rows, canvas.width, hidden.shape[-1])
         if width == read:
             self.outputs[:, :read] = torch.where(real[..., None], hidden, self.outputs[:, :read])
-            computed = torch.nn.functional.pad(real, (0, canvas.width - read))
         else:
             row, query = real.nonzero(as_tuple=True)
             self.outputs[row, columns[row, query]] = hidden[row, query]
-            computed = wanted
-        self.known |= computed
-        return computed
+        self.known |= wanted
+        return wanted
 
     def _mask(self, canvas: Canvas, positions: Tensor, read: int, window: int | None, dtype: torch.dtype) -> Tensor:
         """Additive mask `[row, 1, query, column]`: every query reads all valid positions, within `window` of its own on

@@ -44,8 +44,7 @@ class Guess:
     @cached_property
     def entropy(self) -> Tensor:
         """`[row, place]` float64 nats."""
-        log_p = self.scores.double().log_softmax(-1)
-        return -(log_p.exp() * log_p).sum(-1)
+        return torch.special.entr(self.scores.double().softmax(-1)).sum(-1)
 
 
 def top(ranked: Tensor, count: Tensor) -> Tensor:
