@@ -7,7 +7,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from pertoken.core.errors import BadRequest
-from pertoken.core.trace import Trace
+from pertoken.core.trace import Trace, TraceMismatch
 from pertoken.denoise.canvas import Canvas
 from pertoken.denoise.dkv_cache import DKVCache, DKVCacheGreedy
 from pertoken.denoise.dual_cache import DualCache
@@ -15,10 +15,10 @@ from pertoken.denoise.ends import EndOfText
 from pertoken.denoise.entropy_bound import EntropyBound
 from pertoken.denoise.factor import Factor
 from pertoken.denoise.learn2pd import Filter, Learn2PD
-from pertoken.denoise.loop import COMMIT, REFRESH, Denoise
+from pertoken.denoise.loop import COMMIT, REFRESH, Denoise, DenoisingInterrupted
 from pertoken.denoise.prefix_cache import PrefixCache
 from pertoken.denoise.random_commit import RandomCommit
-from pertoken.denoise.rules import RefreshRule
+from pertoken.denoise.rules import Constraint, RefreshRule
 from pertoken.denoise.schedule import Schedule
 from pertoken.denoise.threshold import Threshold
 from tests.denoise.conftest import END, MASK, alone, fill, prompts
@@ -266,3 +266,93 @@ def test_another_models_filter_is_refused(model):
     net.about["model"] = "0" * 16
     with pytest.raises(BadRequest, match="signature"):
         fill(model, prompts(5), Denoise(Learn2PD(net), block=8))
+
+
+@pytest.mark.parametrize("refresh", REFRESHES)
+@pytest.mark.parametrize("commit", COMMITS)
+def test_a_recording_replays_without_the_model_and_without_the_seed(model, commit, refresh, tmp_path):
+    inputs, decoder = prompts(7, 3, 12), denoiser(commit, refresh, canvas=EndOfText())
+    options = {"eos_token_id": END, "do_sample": True, "temperature": 1.3, "top_k": 0}
+    torch.manual_seed(1)
+    with decoder.record() as trace:
+        first = fill(model, inputs, decoder, **options)
+    stats = (decoder.stats.steps, decoder.stats.row_steps, decoder.stats.token_forwards, decoder.stats.tokens)
+    trace.save(tmp_path / "t")
+    torch.manual_seed(2)
+    weight = model.lm_head.weight.data.clone()
+    try:
+        model.lm_head.weight.data.fill_(float("nan"))
+        with decoder.replay(Trace.load(tmp_path / "t")), decoder.record() as again:
+            assert fill(model, inputs, decoder, **options).equal(first)
+    finally:
+        model.lm_head.weight.data.copy_(weight)
+    assert again.same_as(trace)
+    assert stats == (decoder.stats.steps, decoder.stats.row_steps, decoder.stats.token_forwards, decoder.stats.tokens)
+
+
+def test_a_recording_of_other_inputs_is_refused(model):
+    decoder = denoiser()
+    with decoder.record() as trace:
+        fill(model, prompts(5, 3), decoder)
+    with decoder.replay(trace), pytest.raises(TraceMismatch, match="columns"):
+        fill(model, prompts(6, 3), decoder)
+    with decoder.replay(trace), pytest.raises(TraceMismatch, match="rows"):
+        fill(model, prompts(5), decoder)
+
+
+class Rising(Constraint):
+    """Decided tokens must rise from left to right, each by at least the distance of their columns."""
+
+    def limit(self, scores, canvas, places):
+        open_ = ~canvas.masked & (canvas.columns >= canvas.start)
+        slack = canvas.ids - canvas.columns
+        low = slack.masked_fill(~open_, -(10**6)).cummax(-1).values.gather(1, places) + places
+        high = slack.masked_fill(~open_, 10**6).flip(-1).cummin(-1).values.flip(-1).gather(1, places) + places
+        low = torch.maximum(low, places - canvas.start)
+        high = torch.minimum(high, MASK - 1 - (canvas.width - 1 - places))
+        token = torch.arange(scores.shape[-1])
+        return scores.masked_fill((token < low[..., None]) | (token > high[..., None]), -torch.inf)
+
+    def admit(self, chosen, guess, canvas):
+        best = guess.ranked.masked_fill(~chosen, -torch.inf).argmax(-1, keepdim=True)
+        return torch.zeros_like(chosen).scatter_(1, best, True) & chosen
+
+
+class Nothing(Rising):
+    def limit(self, scores, canvas, places):
+        return torch.full_like(scores, -torch.inf)
+
+
+@pytest.mark.parametrize("refresh", ["recompute", "dual_cache"])
+@pytest.mark.parametrize("commit", COMMITS)
+def test_a_constraint_holds_under_every_commit_rule(model, commit, refresh):
+    inputs = prompts(7, 3, 12)
+    free = fill(model, inputs, denoiser(commit, refresh))
+    bound = fill(model, inputs, denoiser(commit, refresh, constraint=Rising()))
+    assert not (free.diff(dim=-1) >= 1).all(-1).any(), "the model alone must break it for this to say anything"
+    assert (bound.diff(dim=-1) >= 1).all() and (bound != MASK).all()
+    own = fill(model, alone(inputs, 1), denoiser(commit, refresh, constraint=Rising()))
+    assert own[0].tolist() == bound[1].tolist()
+
+
+def test_a_constraint_that_allows_nothing_is_named(model):
+    with pytest.raises(BadRequest, match="no token is allowed at position 0 of the canvas for row 0 at step 0"):
+        fill(model, prompts(5), denoiser(constraint=Nothing()))
+
+
+class Stops(Schedule):
+    def choose(self, guess, canvas):
+        if int(canvas.step.max()) == 5:
+            raise KeyboardInterrupt
+        return super().choose(guess, canvas)
+
+
+def test_ctrl_c_keeps_what_is_committed(model):
+    inputs = prompts(5, 8)
+    whole = fill(model, inputs, denoiser())
+    with pytest.raises(KeyboardInterrupt) as stop:
+        fill(model, inputs, Denoise(Stops(), block=8))
+    assert isinstance(stop.value, DenoisingInterrupted)
+    kept = stop.value.sequences[:, 8:]
+    assert (kept != MASK).sum(-1).tolist() == [5, 5]
+    assert torch.where(kept == MASK, whole, kept).equal(whole)

@@ -2,8 +2,8 @@
 
 Source: Nie et al., "Large Language Diffusion Models" (LLaDA), arXiv 2502.09992, whose sampler is this loop with the
 `Schedule` rule and no cache. Blocks are decoded left to right, each row at its own pace; a row that is done leaves the
-batch. At temperature 0 a position's guess is the argmax; above it is Gumbel-max in float64, and its confidence is the
-probability without noise. Committed tokens are final.
+batch. A position's guess is the argmax or, if the call samples, Gumbel-max in float64, of the scores after the
+request's processors (temperature, top-k, top-p); its confidence is the probability before them. Committed tokens are final.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,26 +20,35 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from pertoken.core.decision import Keep
 from pertoken.core.errors import BadRequest
-from pertoken.core.trace import Trace
+from pertoken.core.trace import Player, Trace, TraceMismatch
 from pertoken.denoise.canvas import Canvas
 from pertoken.denoise.model import DiffusionModel
 from pertoken.denoise.recompute import Recompute
-from pertoken.denoise.rules import CanvasRule, CommitRule, Guess, RefreshRule
+from pertoken.denoise.rules import CanvasRule, CommitRule, Constraint, Guess, RefreshRule
 from pertoken.denoise.schedule import Schedule
 from pertoken.denoise.settings import Settings
 
 COMMIT, REFRESH = "denoise.commit", "denoise.refresh"
 
 
+class DenoisingInterrupted(KeyboardInterrupt):
+    """Ctrl-C during a call. sequences: what `generate` would have returned, with the mask token where undecided."""
+
+    def __init__(self, sequences: Any):
+        super().__init__("interrupted; .sequences holds what was committed")
+        self.sequences = sequences
+
+
 @dataclass
 class Stats:
     """Counts of the last call. steps: forwards (NFE); row_steps: the same, summed over rows; token_forwards: positions
-    computed, summed over forwards and rows; tokens: returned up to and with the first end of text; seconds: wall
+    computed, summed over forwards and rows; attended: of these, positions that each read; tokens: returned up to and with the first end of text; seconds: wall
     clock."""
 
     steps: int = 0
     row_steps: int = 0
     token_forwards: int = 0
+    attended: int = 0
     tokens: int = 0
     seconds: float = 0.0
 
@@ -48,18 +57,20 @@ class Stats:
 class Denoise:
     """Decoder of masked-diffusion models, for `model.generate(..., custom_generate=Denoise(...))`.
 
-    commit, refresh, canvas: the rules; block: positions per block (None: the whole canvas is one block); steps: steps
-    of the even schedule over the canvas (None: one per position); shift: 1 if the output at i - 1 predicts token i
-    (Dream's alignment), 0 if the output at i does (LLaDA's), None: as the model's configuration says
-    (`prediction_shift`, 0 if it says nothing); mask_token: None for the configuration's `mask_token_id`.
+    commit, refresh, canvas, constraint: the rules; block: positions per block (None: the whole canvas is one block);
+    steps: steps over the canvas (None: one per position) and pace: how they share out the commits, see `denoise.pace`;
+    shift: 1 if the output at i - 1 predicts token i (Dream's alignment), 0 if the output at i does (LLaDA's), None: as
+    the model's configuration says (`prediction_shift`, 0 if it says nothing); mask_token: None for the configuration's `mask_token_id`.
     `max_new_tokens` is the length of the canvas.
     """
 
     commit: CommitRule = field(default_factory=Schedule)
     refresh: RefreshRule = field(default_factory=Recompute)
     canvas: CanvasRule | None = None
+    constraint: Constraint | None = None
     block: int | None = 32
     steps: int | None = None
+    pace: Literal["even", "dream"] = "even"
     shift: int | None = None
     mask_token: int | None = None
     stats: Stats = field(default_factory=Stats, init=False, repr=False, compare=False)
@@ -67,13 +78,23 @@ class Denoise:
 
     @contextmanager
     def record(self) -> Iterator[Trace]:
-        """Record the commits and refreshes of the next call made inside the block, one `Keep` each per step."""
+        """Record the commits and refreshes of the next call made inside the block, one `Keep` each per step. The tokens
+        committed are in the step's note, row by row from left to right."""
         trace = Trace({"method": type(self).__name__})
         self._tape["record"] = trace
         try:
             yield trace
         finally:
             self._tape.pop("record", None)
+
+    @contextmanager
+    def replay(self, trace: Trace) -> Iterator[None]:
+        """Serve the next call inside the block from a recording: the same commits, no forward and no sampling."""
+        self._tape["replay"] = trace.player()
+        try:
+            yield
+        finally:
+            self._tape.pop("replay", None)
 
     def __call__(
         self,
@@ -86,7 +107,8 @@ class Denoise:
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        """Ids `[row, prompt + canvas]`, padded behind each row's end of text. Raises `BadRequest` before any work."""
+        """Ids `[row, prompt + canvas]`, padded behind each row's end of text. Raises `BadRequest` before any work, and
+        `DenoisingInterrupted` with what was committed on Ctrl-C."""
         for criterion in stopping_criteria or ():
             if not isinstance(criterion, (MaxLengthCriteria, EosTokenCriteria)):
                 raise BadRequest(
@@ -95,20 +117,26 @@ class Denoise:
                 )
         settings = Settings.of(self, model, input_ids, model_kwargs.get("attention_mask"), generation_config)
         with torch.inference_mode():
-            run = _Run(self, settings, logits_processor or (), self._tape.pop("record", None))
-            run.finish()
+            run = _Run(self, settings, logits_processor or (), self._tape)
+            try:
+                run.finish()
+            except KeyboardInterrupt as stop:
+                raise DenoisingInterrupted(run.result()) from stop
         return run.result()
 
 
 class _Run:
     """One call at work."""
 
-    def __init__(self, rules: Denoise, settings: Settings, processors: Any, trace: Trace | None):
-        self.settings, self.processors, self.trace, self.stats = settings, list(processors), trace, rules.stats
+    def __init__(self, rules: Denoise, settings: Settings, processors: Any, tape: dict[str, Any]):
+        self.settings, self.processors, self.stats = settings, list(processors), rules.stats
+        self.trace: Trace | None = tape.pop("record", None)
+        self.player: Player | None = tape.pop("replay", None)
         self.stats.__init__()  # type: ignore[misc]
         self.commit: CommitRule = rules.commit.fitted(settings)
         self.refresh: RefreshRule = rules.refresh.fitted(settings)
         self.trim: CanvasRule | None = None if rules.canvas is None else rules.canvas.fitted(settings)
+        self.constraint: Constraint | None = None if rules.constraint is None else rules.constraint.fitted(settings)
         self.canvas = Canvas.of(
             settings.ids, settings.attention_mask, settings.length, settings.block, settings.mask_token
         )
@@ -119,8 +147,13 @@ class _Run:
         started = time.perf_counter()
         self._leave()
         while self.canvas.rows:
-            self._step()
+            if self.player is None:
+                self._step()
+            else:
+                self._repeat(self.player)
             self._leave()
+        if self.player is not None and not self.player.finished:
+            raise TraceMismatch("the recording goes on after every row is done; replay with the inputs recorded")
         self.stats.seconds = time.perf_counter() - started
 
     def _step(self) -> None:
@@ -134,66 +167,127 @@ class _Run:
         if bool(stuck.any()):  # the most confident place moves on, as in every published rule
             best = guess.ranked.argmax(-1)
             chosen[stuck, best[stuck]] = True
+        if self.constraint is not None:
+            chosen = self.constraint.admit(chosen, guess, canvas) & chosen
         places = canvas.block_columns
         committed = torch.zeros_like(canvas.masked).scatter_(1, places, chosen)
         tokens = canvas.ids.scatter(1, places, guess.tokens)
-        self.stats.steps += 1
-        self.stats.row_steps += canvas.rows
-        self.stats.token_forwards += int(computed.sum())
-        if self.trace is not None:
-            rows = tuple(canvas.numbers)
-            self.trace.record(REFRESH, Keep(canvas.valid, computed), rows)
-            self.trace.record(COMMIT, Keep(canvas.valid, committed), rows, block=canvas.block.tolist())
         guesses = self._all_guesses() if self.trim is not None and self.trim.reads_all else None
         canvas.commit(committed, tokens)
+        ends = None
         if self.trim is not None and self.settings.end is not None:
             ends = self.trim.trim(canvas, self.settings.end, committed, guesses)
+        self._settle(computed, committed, tokens, ends)
+
+    def _settle(self, computed: Tensor, committed: Tensor, tokens: Tensor, ends: Tensor | None) -> None:
+        """Count and record a step whose tokens are committed, end rows before column `ends`, and go on to the next."""
+        canvas = self.canvas
+        self.stats.steps += 1
+        self.stats.row_steps += canvas.rows
+        queries = computed.sum(-1)
+        self.stats.token_forwards += int(queries.sum())
+        self.stats.attended += int((queries * canvas.valid.sum(-1)).sum())
+        if self.trace is not None:
+            rows = tuple(canvas.numbers)
+            note = {
+                "block": canvas.block.tolist(),
+                "tokens": [row[kept].tolist() for row, kept in zip(tokens, committed, strict=True)],
+                "ends": None if ends is None else ends.tolist(),
+            }
+            self.trace.record(REFRESH, Keep(canvas.valid, computed), rows)
+            self.trace.record(COMMIT, Keep(canvas.valid, committed), rows, **note)
+        if ends is not None:
+            assert self.settings.end is not None
             canvas.cut(ends, self.settings.end)
         canvas.advance()
+
+    def _repeat(self, player: Player) -> None:
+        """One step as it was recorded."""
+        canvas, rows = self.canvas, tuple(self.canvas.numbers)
+        computed, committed = player.take(REFRESH, Keep), player.take(COMMIT, Keep)
+        shape = committed.decision.valid.shape
+        if committed.rows != rows or shape != canvas.valid.shape:
+            raise TraceMismatch(
+                f"the recording has rows {list(committed.rows)} and {shape[1]} columns at step {self.stats.steps + 1}, "
+                f"the request rows {list(rows)} and {canvas.width}; replay with the inputs and canvas recorded"
+            )
+        assert isinstance(computed.decision, Keep) and isinstance(committed.decision, Keep)
+        device, note = canvas.ids.device, committed.note
+        kept = committed.decision.keep.to(device)
+        tokens = canvas.ids.clone()
+        tokens[kept] = torch.tensor([t for row in note["tokens"] for t in row], dtype=tokens.dtype, device=device)
+        ends = None if note["ends"] is None else torch.tensor(note["ends"], device=device)
+        canvas.commit(kept, tokens)
+        self._settle(computed.decision.keep.to(device), kept, tokens, ends)
 
     def _guess(self, computed: Tensor) -> Guess:
         """What the outputs, new and kept, say about every row's present block."""
         canvas = self.canvas
         places = canvas.block_columns
-        scores = self._processed(self.model.logits(places))
-        tokens, confidence = self._chosen(scores)
+        plain = self._plain(self.model.logits(places))
         masked = canvas.masked.gather(1, places)
+        if self.constraint is not None:
+            plain = self.constraint.limit(plain, canvas, places)
+        scores = self._processed(plain)
+        tokens, confidence = self._chosen(plain, scores)
         if not bool(torch.isfinite(confidence[masked]).all()):
-            row = int((~torch.isfinite(confidence) & masked).any(-1).nonzero()[0])
-            raise BadRequest(
-                f"the model gave logits that are not finite for row {canvas.numbers[row]} at step "
-                f"{int(canvas.step[row])}. Check the weights and the dtype (fp16 overflows: try bf16 or fp32)"
-            )
+            self._refuse(scores, ~torch.isfinite(confidence) & masked, places)
         quota = self._quota(masked)
         fresh = masked & computed.gather(1, (places - self.settings.shift).clamp(min=0))
         masked = torch.where(fresh.any(-1, keepdim=True), fresh, masked)  # what was not computed now cannot be decided
         return Guess(scores, tokens, confidence, masked, quota)
 
-    def _processed(self, logits: Tensor) -> Tensor:
-        """Scores after the request's processors, which see no text: only those that look at scores alone fit."""
+    def _refuse(self, scores: Tensor, broken: Tensor, places: Tensor) -> None:
+        """Say why places `broken` `[row, place]` have no confidence."""
+        canvas = self.canvas
+        row, place = broken.nonzero()[0].tolist()
+        where = f"for row {canvas.numbers[row]} at step {int(canvas.step[row])}"
+        if bool((scores[row, place] == -torch.inf).all()):
+            column = int(places[row, place]) - canvas.start
+            raise BadRequest(
+                f"no token is allowed at position {column} of the canvas {where}: the constraint or the logits "
+                "processors forbid all. Give another grammar, a longer canvas (max_new_tokens), or fewer processors"
+            )
+        raise BadRequest(
+            f"the model gave logits that are not finite {where}. Check the weights and the dtype (fp16 overflows: try "
+            "bf16 or fp32)"
+        )
+
+    def _plain(self, logits: Tensor) -> Tensor:
         scores = logits.float()
         scores[..., self.settings.mask_token] = -torch.inf
-        flat = scores.flatten(0, -2)
-        for processor in self.processors:
-            flat = processor(None, flat)
-        return flat.view_as(scores)
+        return scores
 
-    def _chosen(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        wide = scores.double()
-        if self.settings.temperature > 0:
-            noise = torch.rand_like(wide).clamp_(min=1e-300).log_().neg_().pow_(self.settings.temperature)
+    def _processed(self, plain: Tensor) -> Tensor:
+        """Scores after the request's processors, which see no text: only those that look at scores alone fit."""
+        if not self.processors:
+            return plain
+        flat = plain.flatten(0, -2).clone()
+        for processor in self.processors:
+            try:
+                flat = processor(None, flat)
+            except (AttributeError, TypeError) as error:
+                raise BadRequest(
+                    f"{type(processor).__name__} asks for the text so far ({error}); a diffusion model fills a canvas in "
+                    "any order. Leave it out; temperature, top_k, top_p, min_p and suppress_tokens look at scores alone"
+                ) from error
+        return flat.view_as(plain)
+
+    def _chosen(self, plain: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        if self.settings.sampling:
+            wide = scores.double()
+            noise = torch.rand_like(wide).clamp_(min=1e-300).log_().neg_()
             tokens = ((wide - wide.amax(-1, keepdim=True)).exp() / noise).argmax(-1)
         else:
             tokens = scores.argmax(-1)
-        confidence = wide.gather(-1, tokens[..., None])[..., 0] - wide.logsumexp(-1)
+        plain = plain.double()
+        confidence = plain.gather(-1, tokens[..., None])[..., 0] - plain.logsumexp(-1)
         return tokens, confidence.exp()
 
     def _quota(self, masked: Tensor) -> Tensor:
-        """How many places the even schedule commits at each row's present step of its block (LLaDA, step 5b)."""
-        steps, size = self.settings.steps_per_block, self.settings.block
-        done = self.canvas.block_step
-        share = size // steps + (done < size % steps)
-        return torch.minimum(share.clamp(min=1), masked.sum(-1))
+        """How many places the pace commits at each row's present step of its block."""
+        quotas = self.settings.quotas
+        return torch.minimum(quotas[self.canvas.block_step.clamp(max=len(quotas) - 1)], masked.sum(-1))
 
     def _all_guesses(self) -> tuple[Tensor, Tensor]:
         """Tokens and confidences `[row, column]` at all undecided positions, zeros elsewhere."""
@@ -202,7 +296,8 @@ class _Run:
         tokens = torch.full_like(canvas.ids, -1)
         confidence = torch.zeros(canvas.ids.shape, dtype=torch.float64, device=canvas.ids.device)
         if len(row):
-            found, sure = self._chosen(self._processed(self.model.logits_at(row, column)))
+            plain = self._plain(self.model.logits_at(row, column))
+            found, sure = self._chosen(plain, self._processed(plain))
             tokens[row, column], confidence[row, column] = found, sure
         return tokens, confidence
 
@@ -219,8 +314,10 @@ class _Run:
         self.model.select(stay)
 
     def result(self) -> Any:
+        """What `generate` returns; rows that are not done yet as they are."""
         settings = self.settings
-        ids = torch.stack([self.done[row] for row in range(len(settings.ids))])
+        rows = self.done | dict(zip(self.canvas.numbers, self.canvas.ids, strict=True))
+        ids = torch.stack([rows[row] for row in range(len(settings.ids))])
         new = ids[:, settings.ids.shape[1] :]
         if settings.end is not None:
             ended = (new == settings.end).long().cumsum(-1)

@@ -1,8 +1,8 @@
-"""The three plug-in decisions of the denoising loop, and what they are shown.
+"""The plug-in decisions of the denoising loop, and what they are shown.
 
 A *commit rule* says which undecided positions of each row's present block become final; a *refresh rule* says which
-positions' keys and values are computed in the next forward; a *canvas rule* may end rows early. All are frozen and look
-at each row by itself, so that a row does not depend on its batch.
+positions' keys and values are computed in the next forward; a *canvas rule* may end rows early; a *constraint* says
+what the text may be. All are frozen and look at each row by itself, so that a row does not depend on its batch.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pertoken.core.errors import BadRequest
 from pertoken.denoise.canvas import Canvas
 
 if TYPE_CHECKING:
@@ -25,9 +26,10 @@ if TYPE_CHECKING:
 class Guess:
     """What the model says about every place of each row's block, the decided ones too.
 
-    scores `[row, place, vocabulary]` float32 logits; tokens `[row, place]`: the argmax or a sample; confidence `[row,
-    place]` float64: the unsharpened probability of that token; masked `[row, place]`: undecided, and computed in this
-    forward; quota `[row]`: how many places the even schedule commits at this step.
+    scores `[row, place, vocabulary]` float32 logits after the request's processors (temperature, top-k, top-p); tokens
+    `[row, place]`: their argmax or a sample; confidence `[row, place]` float64: the probability of that token before
+    the processors; masked `[row, place]`: undecided, and computed in this forward; quota `[row]`: how many places the
+    pace commits at this step.
     """
 
     scores: Tensor
@@ -57,7 +59,7 @@ def top(ranked: Tensor, count: Tensor) -> Tensor:
 
 
 class Rule(ABC):
-    """Base of all three. A rule is also a decoder: called, it runs the loop with itself and defaults for the others."""
+    """Base of all four. A rule is also a decoder: called, it runs the loop with itself and defaults for the others."""
 
     slot: str
 
@@ -88,6 +90,31 @@ class CommitRule(Rule):
         return None
 
 
+@dataclass(frozen=True)
+class Ranked(CommitRule):
+    """Commits the places of the highest rank, as many as the pace says.
+
+    alg_temp: 0, or Dream's temperature: the places are then drawn without replacement from softmax(rank / alg_temp),
+    by Gumbel noise in float64 (the top n of rank / alg_temp + noise have that law).
+    """
+
+    alg_temp: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.alg_temp >= 0:
+            raise BadRequest(f"alg_temp={self.alg_temp} is not a temperature; give 0 (the highest rank) or more")
+
+    @abstractmethod
+    def rank(self, guess: Guess) -> Tensor:
+        """float64 `[row, place]`, higher is surer; values at decided places are ignored."""
+
+    def choose(self, guess: Guess, canvas: Canvas) -> Tensor:
+        rank = self.rank(guess).masked_fill(~guess.masked, -torch.inf)
+        if self.alg_temp:
+            rank = rank / self.alg_temp - torch.empty_like(rank).exponential_().log_()
+        return top(rank, guess.quota)
+
+
 class RefreshRule(Rule):
     """Which positions are computed in the next forward."""
 
@@ -112,3 +139,19 @@ class CanvasRule(Rule):
         end: the end-of-text token; found `[row, column]`: positions committed at this step; guesses: tokens and
         confidences `[row, column]` at all undecided positions, if `reads_all`.
         """
+
+
+class Constraint(Rule):
+    """What the filled canvas must be: after every commit it must still be possible to complete it."""
+
+    slot = "constraint"
+
+    @abstractmethod
+    def limit(self, scores: Tensor, canvas: Canvas, places: Tensor) -> Tensor:
+        """Scores `[row, place, vocabulary]` with minus infinity for every token that, alone put at column `places[row,
+        place]`, leaves no completion. An undecided place with no token left is an error of the request."""
+
+    @abstractmethod
+    def admit(self, chosen: Tensor, guess: Guess, canvas: Canvas) -> Tensor:
+        """bool `[row, place]`: a subset of `chosen` that may be committed together, never empty for a row that has
+        chosen anything: each alone is possible by `limit`."""

@@ -2,7 +2,8 @@
 
 Source: Nie et al., arXiv 2502.09992, "low-confidence remasking": a block of m positions and S steps gets m // S
 commits per step, one more at the first m % S. With one step per position it is the reference that the other rules are
-compared with.
+compared with. LLaDA ranks by the probability that the model itself gives to the token, Dream ("maskgit_plus") by the
+one after temperature, top-k and top-p (`sharpened`); in greedy decoding they are the same.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pertoken.core.card import Paper, method
-from pertoken.denoise.canvas import Canvas
-from pertoken.denoise.rules import CommitRule, Guess, top
+from pertoken.denoise.rules import Guess, Ranked
 
 
 @method(
@@ -28,8 +28,13 @@ from pertoken.denoise.rules import CommitRule, Guess, top
     baseline=True,
 )
 @dataclass(frozen=True)
-class Schedule(CommitRule):
+class Schedule(Ranked):
     """Even number of commits per step, most confident first; the steps are `Denoise.steps`."""
 
-    def choose(self, guess: Guess, canvas: Canvas) -> Tensor:
-        return top(guess.ranked, guess.quota)
+    sharpened: bool = False
+
+    def rank(self, guess: Guess) -> Tensor:
+        if not self.sharpened:
+            return guess.confidence
+        scores = guess.scores.double()
+        return (scores.gather(-1, guess.tokens[..., None])[..., 0] - scores.logsumexp(-1)).exp()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pertoken.core.errors import BadRequest
+from pertoken.denoise.pace import quotas
 from pertoken.models.adapter import Adapter, adapter_for
 
 if TYPE_CHECKING:
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings:
-    """ids, attention_mask `[row, token]`: the left-padded prompts; length, block, steps_per_block: of the canvas; end,
+    """ids, attention_mask `[row, token]`: the left-padded prompts; length, block, steps_per_block: of the canvas; quotas
+    `[step]`: commits of a whole block; sampling: do_sample, whose temperature is the processors'; end,
     pad: tokens, None where the model has no end of text."""
 
     adapter: Adapter
@@ -26,9 +28,10 @@ class Settings:
     length: int
     block: int
     steps_per_block: int
+    quotas: Tensor
     mask_token: int
     shift: int
-    temperature: float
+    sampling: bool
     end: int | None
     pad: int
     as_dict: bool
@@ -79,7 +82,6 @@ class Settings:
         end = end[0] if isinstance(end, (list, tuple)) else end
         end = int(end) if end is not None else None
         pad = config.pad_token_id if config.pad_token_id is not None else (end or 0)
-        temperature = float(config.temperature or 1.0) if config.do_sample else 0.0
         return cls(
             adapter,
             ids,
@@ -87,9 +89,10 @@ class Settings:
             length,
             block,
             steps // blocks,
+            torch.tensor(quotas(rules.pace, block, steps // blocks), device=ids.device),
             mask_token,
             shift,
-            temperature,
+            bool(config.do_sample),
             end,
             int(pad),
             bool(config.return_dict_in_generate),
