@@ -334,8 +334,8 @@ def zoo_list(as_json: AsJson = False) -> None:
         return
     rows = table("model", "layers", "width", "vocabulary", "steps", "teacher", "weights")
     for one in found:
-        size = f"{one['bytes'] / 1e6:.1f} MB" if one["bytes"] else "not here; train it"
-        cells = [str(one[key]) for key in ("layers", "width", "vocabulary", "steps")]
+        size = f"{one['bytes'] / 1e6:.2f} MB" if one["bytes"] else "not here; train it"
+        cells = [str(one[key] or "-") for key in ("layers", "width", "vocabulary", "steps")]
         rows.add_row(one["name"], *cells, one["teacher"] or "-", size)
     console().print(rows)
 
@@ -353,11 +353,19 @@ def zoo_train(
     """
     from pertoken.bench.catalogue import recipe
     from pertoken.bench.curve import write_curve
+    from pertoken.zoo.recipe import FILTERS
     from pertoken.zoo.train import Run
 
     wanted = recipe(name)
     if steps is not None and steps < 1:
         raise ValueError(f"steps={steps} is too few; give at least 1")
+    if name in FILTERS:
+        from pertoken.zoo.filters import train_filters
+
+        with progress() as status:
+            for path in train_filters(name, out / name, wanted, steps, status):
+                print(f"filter: {path}", file=sys.stderr)
+        return
     training = Run(name, out / name, wanted, compile_model)
     resumed = training.resume()
     print(f"going on from step {training.step}" if resumed else f"starting {name}", file=sys.stderr)

@@ -87,34 +87,38 @@ def number(value: float | None) -> str:
 
 
 def recipe(name: str) -> Any:
-    """The recipe of a zoo model; an unknown name raises `ValueError` naming the nearest ones."""
+    """The recipe of a zoo model or filter; an unknown name raises `ValueError` naming the nearest ones."""
     import difflib
 
-    from pertoken.zoo.recipe import RECIPES
+    from pertoken.zoo.recipe import FILTERS, RECIPES
 
-    if name in RECIPES:
-        return RECIPES[name]
-    near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(RECIPES)}"
+    known = RECIPES | FILTERS
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known)}"
     raise ValueError(f"zoo model {name!r} is unknown; {hint}")
 
 
 def zoo_entries() -> list[dict[str, Any]]:
-    """One entry per zoo model; bytes of its weights, 0 where they are not installed."""
+    """One entry per zoo model or filter; bytes of its weights, 0 where they are not installed."""
     from pertoken.zoo import WEIGHTS
-    from pertoken.zoo.recipe import RECIPES
+    from pertoken.zoo.recipe import FILTERS, RECIPES
 
+    sizes = {name: (one.shape.layers, one.shape.width, one.shape.vocab) for name, one in RECIPES.items()}
+    sizes |= {name: (max(one.layers), one.block, None) for name, one in FILTERS.items()}
+    teachers = {name: one.teacher for name, one in RECIPES.items()} | {n: one.model for n, one in FILTERS.items()}
     found = []
-    for name, one in RECIPES.items():
+    for name, (layers, width, vocabulary) in sizes.items():
         files = list((WEIGHTS / name).glob("*.safetensors"))
         found.append(
             {
                 "name": name,
-                "layers": one.shape.layers,
-                "width": one.shape.width,
-                "vocabulary": one.shape.vocab,
-                "steps": one.steps,
-                "teacher": one.teacher,
+                "layers": layers,
+                "width": width,
+                "vocabulary": vocabulary,
+                "steps": recipe(name).steps,
+                "teacher": teachers[name],
                 "path": str(WEIGHTS / name) if files else None,
                 "bytes": sum(path.stat().st_size for path in files),
             }

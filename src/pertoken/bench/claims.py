@@ -21,7 +21,19 @@ from typing import Any, TypeVar
 
 from pertoken.core.card import card
 
-FRAMEWORK = ("catalogue", "claims", "compare", "curve", "demo", "docs", "results", "runner", "suite")
+FRAMEWORK = (
+    "answers",
+    "catalogue",
+    "claims",
+    "compare",
+    "curve",
+    "demo",
+    "diffusion",
+    "docs",
+    "results",
+    "runner",
+    "suite",
+)
 COMPARISONS = ("ratio", "value")
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">": operator.gt,

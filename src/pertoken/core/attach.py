@@ -153,6 +153,18 @@ class Attachment:
             self._undo.pop()()
 
 
+@contextmanager
+def swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """`owner`'s own attribute `name` is `value` inside the block, and afterwards what it was or gone."""
+    own = vars(owner)
+    before = own.get(name, _ABSENT)
+    own[name] = value
+    try:
+        yield
+    finally:
+        own.pop(name, None) if before is _ABSENT else own.__setitem__(name, before)
+
+
 def check_pair(policies: list[Policy]) -> None:
     """Raise `ValueError` if two policies write the same thing."""
     for i, policy in enumerate(policies):

@@ -17,7 +17,7 @@ class Canvas:
     ids: tokens, the mask token where undecided; valid: False on padding and behind a row's end; masked: undecided;
     decided_at: the row's step at which a position was committed (`NEVER` for the prompt); step: forwards so far of each
     row; block_step: of these, in the row's present block; size: positions per block; numbers: the rows' places in the
-    batch.
+    batch; sliding: the block is the row's first so many undecided positions (None: blocks of `size`).
     """
 
     ids: Tensor
@@ -30,9 +30,12 @@ class Canvas:
     start: int
     size: int
     numbers: list[int]
+    sliding: int | None = None
 
     @classmethod
-    def of(cls, ids: Tensor, mask: Tensor, length: int, size: int, mask_token: int) -> Canvas:
+    def of(
+        cls, ids: Tensor, mask: Tensor, length: int, size: int, mask_token: int, sliding: int | None = None
+    ) -> Canvas:
         """A canvas of `length` undecided positions behind prompts `[row, token]` with attention mask `[row, token]`."""
         rows, start = ids.shape
         pad = torch.nn.functional.pad
@@ -51,6 +54,7 @@ class Canvas:
             start,
             size,
             list(range(rows)),
+            sliding,
         )
 
     @property
@@ -72,13 +76,18 @@ class Canvas:
 
     @property
     def block_columns(self) -> Tensor:
-        """`[row, place]` columns of each row's present block."""
+        """`[row, place]` columns of each row's present block. A sliding block that has run short is filled up with
+        decided columns."""
+        if self.sliding is not None:
+            return self.masked.int().argsort(dim=-1, descending=True, stable=True)[:, : self.sliding]
         first = self.start + self.block * self.size
         return first[:, None] + torch.arange(self.size, device=self.ids.device)
 
     @property
     def in_block(self) -> Tensor:
         """`[row, column]`: whether a column belongs to the row's present block."""
+        if self.sliding is not None:
+            return self.masked & (self.masked.long().cumsum(-1) <= self.sliding)
         return (self.columns >= self.start) & ((self.columns - self.start) // self.size == self.block[:, None])
 
     def commit(self, chosen: Tensor, tokens: Tensor) -> None:
@@ -93,6 +102,10 @@ class Canvas:
         self.ids = self.ids.masked_fill(behind & self.valid, filler)
         self.valid &= ~behind
         self.masked &= ~behind
+
+    def fill(self, ends: Tensor, filler: int) -> None:
+        """Decide as `filler` what is undecided from column `ends` `[row]` on; it stays in place."""
+        self.commit(self.masked & (self.columns >= ends[:, None]), torch.full_like(self.ids, filler))
 
     def advance(self) -> None:
         """Count the step, and move rows whose block is decided to their first block that is not."""

@@ -7,9 +7,10 @@ after step t of the block (prompts included).
 - `DKVCache`, dKV-Cache-Decode: steps 0 and 1 of a block and every `interval`-th one compute everything; the others
   compute A_t = everything but U_{t-2}: what is undecided and what was decided at the step before.
 - `DKVCacheGreedy`: only A_t = D_t + D_{t-1} + W_t: what is decided now, what was decided at the step before, and a
-  window of the nearest undecided neighbours. D_t must be known before the forward, so the commit rule must be one
-  that knows its order, as `RandomCommit`; with another rule the window stands around D_{t-1} (which the paper's
-  ablation favours) and only what was computed can be committed.
+  window of the nearest undecided neighbours, `window` for each position of D_t; every `interval`-th step of a block,
+  the first included, computes everything, undecided positions are cached too. D_t must be known before the forward, so
+  the commit rule must be one that knows its order, as `RandomCommit`; with another rule the window stands around
+  D_{t-1} (which the paper's ablation favours), within the block, and only what was computed can be committed.
 
 What differs: rows of a batch keep their own step counts and caches. Where the output at i - 1 predicts token i, a
 position stays active until both it and the token it predicts are decided (the released code's "un_right"). It loses
@@ -26,7 +27,7 @@ from torch import Tensor
 from pertoken.core.card import Paper, method
 from pertoken.core.errors import BadRequest
 from pertoken.denoise.canvas import Canvas
-from pertoken.denoise.rules import RefreshRule
+from pertoken.denoise.rules import RefreshRule, top
 
 PAPER = Paper("dKV-Cache: The Cache for Diffusion Language Models", "2505.15781")
 
@@ -51,7 +52,8 @@ class DKVCache(RefreshRule):
             raise BadRequest(f"interval={self.interval} is too short; give 1 to recompute always, or more")
 
     def plan(self, canvas: Canvas, upcoming: Tensor | None) -> Tensor:
-        return renewed(canvas, self.interval) | canvas.masked | decided_last(canvas)
+        step = canvas.block_step[:, None]  # at step 0 nothing was decided before the last commit: step 1 is not late
+        return (step < 2) | (step % self.interval == 0) | canvas.masked | decided_last(canvas)
 
 
 @method(
@@ -66,7 +68,7 @@ class DKVCache(RefreshRule):
 )
 @dataclass(frozen=True)
 class DKVCacheGreedy(RefreshRule):
-    """Compute only what is decided now or was just now, and `window` undecided neighbours."""
+    """Compute only what is decided now or was just now, and `window` undecided neighbours of each."""
 
     interval: int = 2
     window: int = 4
@@ -77,25 +79,20 @@ class DKVCacheGreedy(RefreshRule):
 
     def plan(self, canvas: Canvas, upcoming: Tensor | None) -> Tensor:
         last = decided_last(canvas)
-        centre = last if upcoming is None else upcoming
-        return renewed(canvas, self.interval) | last | centre | self._near(canvas, centre)
+        if upcoming is None:
+            near = self._near(canvas, last, canvas.masked & canvas.in_block)
+        else:
+            near = upcoming | self._near(canvas, upcoming, canvas.masked)
+        return (canvas.block_step % self.interval == 0)[:, None] | last | near
 
-    def _near(self, canvas: Canvas, centre: Tensor) -> Tensor:
-        """The `window` undecided positions of the block nearest to any centre, to the left first."""
-        gap = canvas.columns[:, None] - canvas.columns
-        far = 4 * canvas.width
-        cost = 4 * gap.abs() + (gap > 0)  # [column, centre]; left of a centre before right of it
-        distance = cost.masked_fill(~centre[:, None], far).amin(-1)
-        distance = distance.masked_fill(~(canvas.masked & canvas.in_block) | centre, far)
-        order = distance.argsort(dim=-1, stable=True)[:, : self.window]
-        near = torch.zeros_like(centre).scatter_(1, order, True)
-        return near & (distance < far)
-
-
-def renewed(canvas: Canvas, interval: int) -> Tensor:
-    """`[row, 1]`: whether this step of the block computes everything."""
-    step = canvas.block_step
-    return ((step < 2) | (step % interval == 0))[:, None]
+    def _near(self, canvas: Canvas, centre: Tensor, candidates: Tensor) -> Tensor:
+        """bool `[row, column]`: the candidates nearest to any centre, `window` for each, left before right."""
+        columns, far = canvas.columns, 2 * canvas.width
+        before = torch.where(centre, columns, -far).cummax(-1).values
+        after = torch.where(centre, columns, far).flip(-1).cummin(-1).values.flip(-1)
+        distance = torch.minimum(2 * (after - columns), 2 * (columns - before) + 1)
+        ranked = -distance.double().masked_fill(~candidates | centre, torch.inf)
+        return top(ranked, self.window * centre.sum(-1))
 
 
 def decided_last(canvas: Canvas) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from torch import Tensor
 from pertoken.core.errors import BadRequest
 from pertoken.denoise.canvas import Canvas
 from pertoken.denoise.rules import CanvasRule
+
+if TYPE_CHECKING:
+    from pertoken.denoise.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,31 @@ class EndOfText(CanvasRule):
             tokens, confidence = guesses
             open_ = (tokens == end) & canvas.masked
             best = confidence.masked_fill(~open_, -1.0).argmax(-1)
-            cut = torch.where(ended.any(-1) | ~open_.any(-1), cut, best + 1)
+            now = (found & (canvas.ids == end)).any(-1)
+            cut = torch.where(now | ~open_.any(-1), cut, best + 1)
         return cut.clamp(max=canvas.width)
+
+
+@dataclass(frozen=True)
+class PaddingFill(CanvasRule):
+    """DiffTester's padding fill: what is undecided behind a row's first decided end of text is decided as padding.
+
+    Source: arXiv 2509.24975. Unlike `EndOfText` it leaves the positions in place: the padding is read and computed in
+    every forward, as a model knows it that was trained on padded rows, and tokens decided earlier behind the end stay.
+    The outputs up to the end are those of `EndOfText` where the model takes no notice of padding. pad: the padding
+    token, which ends a text too (None: the request's).
+    """
+
+    pad: int | None = None
+    keeps = True
+
+    def fitted(self, settings: Settings) -> PaddingFill:
+        return self if self.pad is not None else PaddingFill(settings.pad)
+
+    def trim(self, canvas: Canvas, end: int, found: Tensor, guesses: tuple[Tensor, Tensor] | None) -> Tensor:
+        ends = (canvas.ids == end) if self.pad is None else (canvas.ids == end) | (canvas.ids == self.pad)
+        ended = canvas.valid & ends & ~canvas.masked & (canvas.columns >= canvas.start)
+        return (first(ended) + 1).clamp(max=canvas.width)
 
 
 def first(mask: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ from pertoken.core.card import Paper, method
 from pertoken.core.errors import BadRequest
 from pertoken.denoise.canvas import Canvas
 from pertoken.denoise.rules import CommitRule, Guess, top
+from pertoken.models.load import resolve
 
 if TYPE_CHECKING:
     from pertoken.denoise.settings import Settings
@@ -58,10 +59,17 @@ class Filter(nn.Module):
         save_file(self.state_dict(), str(path), {"filter": json.dumps(about)})
 
     @classmethod
-    def load(cls, path: str | Path) -> Filter:
-        """Read what `save` wrote; raises `BadRequest` for a file that is not a filter."""
-        if not Path(path).is_file():
-            raise BadRequest(f"no filter at {path}; train one with pertoken.denoise.learn2pd.train_filter")
+    def load(cls, path: str | Path, block: int | None = None) -> Filter:
+        """Read what `save` wrote, from a file, or the one for this block from a directory or a zoo:NAME; raises
+        `BadRequest` where there is none."""
+        path = Path(resolve(str(path)))
+        if path.is_dir():
+            path = path / f"filter-{block}.safetensors"
+        if not path.is_file():
+            raise BadRequest(
+                f"no filter at {path}; train one with `pertoken zoo train code-filter`, or for another model or block "
+                "with pertoken.denoise.learn2pd.train_filter"
+            )
         with safe_open(str(path), "pt") as file:
             about = (file.metadata() or {}).get("filter")
             if about is None:
@@ -86,7 +94,8 @@ class Filter(nn.Module):
 class Learn2PD(CommitRule):
     """Commit what a trained filter takes for right.
 
-    filter: a `Filter` or the path of one; tau: probability above which a place is committed (1: only the schedule).
+    filter: a `Filter`, or the path of one, of a directory of them, or zoo:NAME; tau: probability above which a place is
+    committed (1: only the schedule).
     """
 
     filter: Filter | str | Path | None = None
@@ -95,11 +104,12 @@ class Learn2PD(CommitRule):
     def fitted(self, settings: Settings) -> Learn2PD:
         if self.filter is None:
             raise BadRequest("Learn2PD has no filter; train one with train_filter(...) and give Learn2PD(filter)")
-        found = self.filter if isinstance(self.filter, Filter) else Filter.load(self.filter)
-        if found.block != settings.block:
+        places = settings.sliding or settings.block
+        found = self.filter if isinstance(self.filter, Filter) else Filter.load(self.filter, places)
+        if found.block != places:
             raise BadRequest(
-                f"the filter was trained for blocks of {found.block} places, this call has {settings.block}; give "
-                f"Denoise(block={found.block}) or train a filter for {settings.block}"
+                f"the filter was trained for blocks of {found.block} places, this call has {places}; give "
+                f"Denoise(block={found.block}) or train a filter for {places}"
             )
         trained, here = found.about.get("model"), signature(settings.adapter.model)
         if trained is not None and trained != here:
@@ -111,7 +121,8 @@ class Learn2PD(CommitRule):
 
     def choose(self, guess: Guess, canvas: Canvas) -> Tensor:
         assert isinstance(self.filter, Filter)
-        sure = self.filter(guess.confidence.float()).sigmoid() > self.tau
+        kept = canvas.valid.gather(1, canvas.block_columns)
+        sure = self.filter(guess.confidence.masked_fill(~kept, 1).float()).sigmoid() > self.tau
         return sure | top(guess.ranked, guess.quota)
 
 
@@ -163,7 +174,7 @@ def records(model: Any, batches: list[dict[str, Tensor]], length: int, block: in
         oracle = Oracle(reference)
         model.generate(**inputs, **options, eos_token_id=None, custom_generate=Denoise(oracle, block=block))
         kept += oracle.records
-    confidence, right, undecided = (torch.cat(parts) for parts in zip(*kept, strict=True))
+    confidence, right, undecided = (torch.cat(parts).cpu() for parts in zip(*kept, strict=True))
     return confidence, right, undecided
 
 
@@ -188,7 +199,8 @@ def train_filter(
     confidence, right, _ = found or records(model, batches, length, block)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(confidence), generator=generator)
-    held, seen = order[: len(order) // 5], order[len(order) // 5 :]
+    parts = order[: len(order) // 5], order[len(order) // 5 :]
+    (held, held_right), (seen, seen_right) = ((confidence[part], right[part].float()) for part in parts)
     torch.manual_seed(seed)
     about = {"model": signature(model), "length": length, "records": len(confidence), "steps": steps, "seed": seed}
     net = Filter(block, layers, about)
@@ -196,13 +208,13 @@ def train_filter(
     best, kept = float("inf"), net.state_dict()
     with torch.enable_grad():
         for step in range(steps):
-            loss = nn.functional.binary_cross_entropy_with_logits(net(confidence[seen]), right[seen].float())
+            loss = nn.functional.binary_cross_entropy_with_logits(net(seen), seen_right)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             if step % 100 == 99 or step == steps - 1:
                 with torch.no_grad():
-                    judged = nn.functional.binary_cross_entropy_with_logits(net(confidence[held]), right[held].float())
+                    judged = nn.functional.binary_cross_entropy_with_logits(net(held), held_right)
                 if float(judged) < best:
                     best, kept = float(judged), {k: v.clone() for k, v in net.state_dict().items()}
                 if progress is not None:

@@ -3,7 +3,8 @@
 Source: Nie et al., "Large Language Diffusion Models" (LLaDA), arXiv 2502.09992, whose sampler is this loop with the
 `Schedule` rule and no cache. Blocks are decoded left to right, each row at its own pace; a row that is done leaves the
 batch. A position's guess is the argmax or, if the call samples, Gumbel-max in float64, of the scores after the
-request's processors (temperature, top-k, top-p); its confidence is the probability before them. Committed tokens are final.
+request's processors (temperature, top-k, top-p); its confidence is the probability before them. Committed tokens are
+final.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from pertoken.core.decision import Keep
 from pertoken.core.errors import BadRequest
 from pertoken.core.trace import Player, Trace, TraceMismatch
 from pertoken.denoise.canvas import Canvas
+from pertoken.denoise.canvas_model import CanvasModel
+from pertoken.denoise.diffusion_gemma import DiffusionGemma, Site
 from pertoken.denoise.model import DiffusionModel
 from pertoken.denoise.recompute import Recompute
 from pertoken.denoise.rules import CanvasRule, CommitRule, Constraint, Guess, RefreshRule
@@ -42,13 +45,16 @@ class DenoisingInterrupted(KeyboardInterrupt):
 @dataclass
 class Stats:
     """Counts of the last call. steps: forwards (NFE); row_steps: the same, summed over rows; token_forwards: positions
-    computed, summed over forwards and rows; attended: of these, positions that each read; tokens: returned up to and with the first end of text; seconds: wall
+    computed, summed over forwards and rows; attended: of these, positions that each read; token_layers:
+    positions computed times layers; whole_layers: layers computed at every position of a row, summed over row steps; tokens: returned up to and with the first end of text; seconds: wall
     clock."""
 
     steps: int = 0
     row_steps: int = 0
     token_forwards: int = 0
     attended: int = 0
+    token_layers: int = 0
+    whole_layers: int = 0
     tokens: int = 0
     seconds: float = 0.0
 
@@ -57,11 +63,13 @@ class Stats:
 class Denoise:
     """Decoder of masked-diffusion models, for `model.generate(..., custom_generate=Denoise(...))`.
 
-    commit, refresh, canvas, constraint: the rules; block: positions per block (None: the whole canvas is one block);
+    commit, refresh, canvas, constraint: the rules; block: positions per block (None: the whole canvas is one block); sliding: instead, the block is always the first so many undecided positions
+    (None: as the refresh rule says);
     steps: steps over the canvas (None: one per position) and pace: how they share out the commits, see `denoise.pace`;
     shift: 1 if the output at i - 1 predicts token i (Dream's alignment), 0 if the output at i does (LLaDA's), None: as
     the model's configuration says (`prediction_shift`, 0 if it says nothing); mask_token: None for the configuration's `mask_token_id`.
-    `max_new_tokens` is the length of the canvas.
+    revise: what the commit rule picks holds for one step only, as in DiffusionGemma's own sampler (see there; other
+    models' commits are final). `max_new_tokens` is the length of the canvas.
     """
 
     commit: CommitRule = field(default_factory=Schedule)
@@ -69,10 +77,12 @@ class Denoise:
     canvas: CanvasRule | None = None
     constraint: Constraint | None = None
     block: int | None = 32
+    sliding: int | None = None
     steps: int | None = None
     pace: Literal["even", "dream"] = "even"
     shift: int | None = None
     mask_token: int | None = None
+    revise: bool = False
     stats: Stats = field(default_factory=Stats, init=False, repr=False, compare=False)
     _tape: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -138,9 +148,19 @@ class _Run:
         self.trim: CanvasRule | None = None if rules.canvas is None else rules.canvas.fitted(settings)
         self.constraint: Constraint | None = None if rules.constraint is None else rules.constraint.fitted(settings)
         self.canvas = Canvas.of(
-            settings.ids, settings.attention_mask, settings.length, settings.block, settings.mask_token
+            settings.ids,
+            settings.attention_mask,
+            settings.length,
+            settings.block,
+            settings.pad if settings.mask_token is None else settings.mask_token,
+            settings.sliding,
         )
-        self.model = DiffusionModel(settings.adapter, self.canvas, settings.shift)
+        self.model: CanvasModel
+        if isinstance(settings.adapter, Site):
+            self.model = DiffusionGemma(settings.adapter, self.canvas)
+        else:
+            self.model = DiffusionModel(settings.adapter, self.canvas, settings.shift)
+            self.model.watched_by(self.refresh.watch())
         self.done: dict[int, Tensor] = {}
 
     def finish(self) -> None:
@@ -161,6 +181,8 @@ class _Run:
         upcoming = self.commit.upcoming(canvas, self._quota(canvas.masked & canvas.in_block))
         planned = self.refresh.plan(canvas, upcoming) & canvas.valid
         computed = self.model.forward(canvas, planned)
+        self.stats.token_layers += int(self.model.work.sum())
+        self.stats.whole_layers += int(self.model.whole.sum())
         guess = self._guess(computed)
         chosen = self.commit.choose(guess, canvas) & guess.masked
         stuck = ~chosen.any(-1)
@@ -169,9 +191,10 @@ class _Run:
             chosen[stuck, best[stuck]] = True
         if self.constraint is not None:
             chosen = self.constraint.admit(chosen, guess, canvas) & chosen
+        chosen, found = self.model.settle(canvas, guess, chosen)
         places = canvas.block_columns
         committed = torch.zeros_like(canvas.masked).scatter_(1, places, chosen)
-        tokens = canvas.ids.scatter(1, places, guess.tokens)
+        tokens = canvas.ids.scatter(1, places, found)
         guesses = self._all_guesses() if self.trim is not None and self.trim.reads_all else None
         canvas.commit(committed, tokens)
         ends = None
@@ -198,7 +221,10 @@ class _Run:
             self.trace.record(COMMIT, Keep(canvas.valid, committed), rows, **note)
         if ends is not None:
             assert self.settings.end is not None
-            canvas.cut(ends, self.settings.end)
+            if self.trim is not None and self.trim.keeps:
+                canvas.fill(ends, self.settings.pad)
+            else:
+                canvas.cut(ends, self.settings.end)
         canvas.advance()
 
     def _repeat(self, player: Player) -> None:
@@ -255,7 +281,8 @@ class _Run:
 
     def _plain(self, logits: Tensor) -> Tensor:
         scores = logits.float()
-        scores[..., self.settings.mask_token] = -torch.inf
+        if self.settings.mask_token is not None:
+            scores[..., self.settings.mask_token] = -torch.inf
         return scores
 
     def _processed(self, plain: Tensor) -> Tensor:
@@ -268,8 +295,8 @@ class _Run:
                 flat = processor(None, flat)
             except (AttributeError, TypeError) as error:
                 raise BadRequest(
-                    f"{type(processor).__name__} asks for the text so far ({error}); a diffusion model fills a canvas in "
-                    "any order. Leave it out; temperature, top_k, top_p, min_p and suppress_tokens look at scores alone"
+                    f"{type(processor).__name__} asks for the text so far ({error}); a diffusion model fills a canvas "
+                    "in any order. Leave it out; temperature, top_k, top_p, min_p and suppress_tokens look at scores alone"
                 ) from error
         return flat.view_as(plain)
 

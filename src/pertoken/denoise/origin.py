@@ -1,7 +1,7 @@
-"""Origin: every position flips by itself, whatever the model thinks of it: the sampler that masked diffusion starts from.
+"""Origin: every position flips by itself, whatever the model thinks of it: the sampler masked diffusion started from.
 
-Source: Dream 7B, arXiv 2508.15487 (`origin`). With times t_0 = 1 > t_1 > ... > t_S = 1e-3, a masked position is committed
-at step i with probability 1 - t_{i+1} / t_i, at the last step with certainty.
+Source: Dream 7B, arXiv 2508.15487 (`origin`). With times t_0 = 1 > t_1 > ... > t_S = 1e-3, a masked position is
+committed at step i with probability 1 - t_{i+1} / t_i, at the last step with certainty.
 
 A position is still masked after step i with probability t_{i+1}: so one number u ~ U(0, 1) per position, drawn from
 `seed` beforehand, gives the same law, the position being committed at the first step with u >= t_{i+1}. Steps at which

@@ -1,9 +1,9 @@
 """How many places a block of masked ones commits at each step, if the rule leaves it to the clock.
 
 *even*, LLaDA's (arXiv 2502.09992): m places and S steps give m // S commits per step, one more at the first m % S.
-*dream*, Dream's (arXiv 2508.15487): times t_0 = 1 to t_S = 1e-3, evenly spaced; step i commits floor(n_i (1 - t_{i+1} /
-t_i)) of the n_i places left, the last step all. Both name steps that commit nothing (the even one if S > m, Dream's by its
-floor); they would cost a forward and change nothing, so they are left out.
+*dream*, Dream's (arXiv 2508.15487): times t_0 = 1 to t_S = 1e-3, evenly spaced; step i commits
+floor(n_i (1 - t_{i+1} / t_i)) of the n_i places left, the last step all. Both name steps that commit nothing (the even
+one if S > m, Dream's by its floor); they would cost a forward and change nothing, so they are left out.
 """
 
 from __future__ import annotations

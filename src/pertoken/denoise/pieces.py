@@ -1,7 +1,7 @@
 """The bytes of every token, so that the places of tokens in a text are exact.
 
-Decoding token by token is lossy: a token of a byte-level vocabulary may be part of a character, and some tokenizers drop
-a blank at the start. With the bytes the whole text is a concatenation, and offsets are a cumulative sum.
+Decoding token by token is lossy: a token of a byte-level vocabulary may be part of a character, and some tokenizers
+drop a blank at the start. With the bytes the whole text is a concatenation, and offsets are a cumulative sum.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import weakref
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -46,10 +47,9 @@ class Pieces:
     @classmethod
     def _made(cls, tokenizer: Any) -> Pieces:
         pieces, special = _spelled(tokenizer), np.zeros(len(tokenizer) + 1, bool)
-        for token, added in getattr(tokenizer, "added_tokens_decoder", {}).items():
-            if token < len(tokenizer):
-                pieces[token], special[token] = added.content.encode(), added.special
-        special[[token for token in tokenizer.all_special_ids if token < len(tokenizer)]] = True
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        ends = {*tokenizer.all_special_ids, *(token for token, about in added.items() if about.special)}
+        special[[token for token in ends if token < len(tokenizer)]] = True
         lengths = np.array([*map(len, pieces), 0])
         return cls(np.frombuffer(b"".join(pieces), np.uint8), np.cumsum(lengths) - lengths, lengths, special)
 
@@ -71,7 +71,8 @@ def _spelled(tokenizer: Any) -> list[bytes]:
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     probe = tokenizer.convert_ids_to_tokens(tokenizer.encode(_PROBE, add_special_tokens=False))
     if _bytes("".join(probe)) == _PROBE.encode():
-        return [_bytes(token or "") or b"" for token in tokens]
+        added = {about.content for about in getattr(tokenizer, "added_tokens_decoder", {}).values()}
+        return [t.encode() if t in added else _bytes(t) or b"" for t in (token or "" for token in tokens)]
     anchor = tokenizer.encode("a", add_special_tokens=False)[-1]
     before = tokenizer.decode([anchor])
     decoded = tokenizer.batch_decode([[anchor, token] for token in range(len(tokens))])
@@ -82,6 +83,7 @@ def _spelled(tokenizer: Any) -> list[bytes]:
     return pieces
 
 
+@cache
 def _alphabet() -> dict[str, int]:
     """GPT-2's characters for the 256 bytes: printable ones stand for themselves, the others for 256 and on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
@@ -89,9 +91,6 @@ def _alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
-_ALPHABET = _alphabet()
-
-
 def _bytes(token: str) -> bytes | None:
-    found = [_ALPHABET.get(character) for character in token]
+    found = [_alphabet().get(character) for character in token]
     return None if None in found else bytes(found)  # type: ignore[arg-type]

@@ -8,9 +8,10 @@ what the text may be. All are frozen and look at each row by itself, so that a r
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from pertoken.denoise.canvas import Canvas
 
 if TYPE_CHECKING:
     from pertoken.denoise.settings import Settings
+    from pertoken.denoise.watch import Watch
 
 
 @dataclass
@@ -44,6 +46,12 @@ class Guess:
         return self.confidence.masked_fill(~self.masked, -torch.inf)
 
     @cached_property
+    def sharpened(self) -> Tensor:
+        """`[row, place]` float64: the probability of each token after the processors."""
+        scores = self.scores.double()
+        return (scores.gather(-1, self.tokens[..., None])[..., 0] - scores.logsumexp(-1)).exp()
+
+    @cached_property
     def entropy(self) -> Tensor:
         """`[row, place]` float64 nats."""
         return torch.special.entr(self.scores.double().softmax(-1)).sum(-1)
@@ -62,12 +70,13 @@ class Rule(ABC):
     """Base of all four. A rule is also a decoder: called, it runs the loop with itself and defaults for the others."""
 
     slot: str
+    beside: ClassVar[Mapping[str, Any]] = {}  # what the loop gets when the rule itself is called
 
     def __call__(self, model: Any, input_ids: Tensor, **kwargs: Any) -> Any:
         """For `model.generate(..., custom_generate=rule)`."""
         from pertoken.denoise.loop import Denoise
 
-        rules: dict[str, Any] = {self.slot: self}
+        rules: dict[str, Any] = {**self.beside, self.slot: self}
         return Denoise(**rules)(model, input_ids, **kwargs)
 
     def fitted(self, settings: Settings) -> Any:
@@ -120,6 +129,16 @@ class RefreshRule(Rule):
 
     slot = "refresh"
 
+    @property
+    def sliding(self) -> int | None:
+        """How many undecided positions the loop's block is to have, sliding along; None for blocks as the loop has
+        them."""
+        return None
+
+    def watch(self) -> Watch | None:
+        """For a rule that decides in mid-forward: what looks on during this call."""
+        return None
+
     @abstractmethod
     def plan(self, canvas: Canvas, upcoming: Tensor | None) -> Tensor:
         """bool `[row, column]` over all positions; invalid ones are ignored. The outputs that predict the planned
@@ -131,6 +150,7 @@ class CanvasRule(Rule):
 
     slot = "canvas"
     reads_all = False  # whether `trim` needs guesses for the undecided positions of all blocks
+    keeps = False  # whether what lies behind a row's end stays in place as padding, undecided positions decided
 
     @abstractmethod
     def trim(self, canvas: Canvas, end: int, found: Tensor, guesses: tuple[Tensor, Tensor] | None) -> Tensor:

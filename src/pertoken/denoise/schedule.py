@@ -34,7 +34,4 @@ class Schedule(Ranked):
     sharpened: bool = False
 
     def rank(self, guess: Guess) -> Tensor:
-        if not self.sharpened:
-            return guess.confidence
-        scores = guess.scores.double()
-        return (scores.gather(-1, guess.tokens[..., None])[..., 0] - scores.logsumexp(-1)).exp()
+        return guess.sharpened if self.sharpened else guess.confidence

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pertoken.core.errors import BadRequest
+from pertoken.denoise.diffusion_gemma import Site
 from pertoken.denoise.pace import quotas
 from pertoken.models.adapter import Adapter, adapter_for
 
@@ -18,18 +19,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings:
-    """ids, attention_mask `[row, token]`: the left-padded prompts; length, block, steps_per_block: of the canvas; quotas
-    `[step]`: commits of a whole block; sampling: do_sample, whose temperature is the processors'; end,
-    pad: tokens, None where the model has no end of text."""
+    """ids, attention_mask `[row, token]`: the left-padded prompts; length, block, steps_per_block: of the canvas;
+    quotas `[step]`: commits of a whole block; sampling: do_sample, whose temperature is the processors'; end, pad:
+    tokens, None where the model has no end of text."""
 
-    adapter: Adapter
+    adapter: Adapter | Site
     ids: Tensor
     attention_mask: Tensor
     length: int
     block: int
+    sliding: int | None
     steps_per_block: int
     quotas: Tensor
-    mask_token: int
+    mask_token: int | None
     shift: int
     sampling: bool
     end: int | None
@@ -40,14 +42,15 @@ class Settings:
     def of(cls, rules: Denoise, model: Any, ids: Tensor, attention_mask: Tensor | None, config: Any) -> Settings:
         """Raises `BadRequest` for a causal model, a canvas that does not fit, blocks that do not divide."""
         config, about = config or model.generation_config, model.config
-        if getattr(about, "is_causal", True) is not False:
+        noisy = getattr(about, "model_type", None) == "diffusion_gemma"
+        if not noisy and getattr(about, "is_causal", True) is not False:
             raise BadRequest(
                 f"{type(model).__name__} is causal (config.is_causal is not False): it cannot fill in a canvas. Give a "
                 "masked-diffusion model such as zoo:code-diffusion; if this one is bidirectional, say so with "
                 "model.config.is_causal = False"
             )
         mask_token = rules.mask_token if rules.mask_token is not None else getattr(about, "mask_token_id", None)
-        if mask_token is None or not 0 <= mask_token < about.vocab_size:
+        if not noisy and (mask_token is None or not 0 <= mask_token < about.vocab_size):
             raise BadRequest(
                 f"mask token {mask_token} is not in the vocabulary of {about.vocab_size} tokens; set "
                 "config.mask_token_id or give Denoise(mask_token=...)"
@@ -59,7 +62,10 @@ class Settings:
             )
         attention_mask = torch.ones_like(ids) if attention_mask is None else attention_mask
         length = cls._length(config, ids)
-        block = min(rules.block or length, length)
+        sliding = rules.refresh.sliding if rules.sliding is None else rules.sliding
+        if sliding is not None and sliding < 1:
+            raise BadRequest(f"a sliding block of {sliding} positions is empty; give 1 or more, or None for blocks")
+        block = min(rules.block or length, length) if sliding is None else length
         if block < 1 or length % block:
             divisors = [d for d in range(1, length + 1) if length % d == 0]
             raise BadRequest(
@@ -70,7 +76,15 @@ class Settings:
         steps = rules.steps or length
         if steps < 1 or steps % blocks:
             raise BadRequest(f"steps={steps} do not divide over {blocks} blocks; give a multiple of {blocks}")
-        adapter = adapter_for(model)
+        sampling = bool(getattr(config, "do_sample", True))
+        if noisy:
+            adapter = Site.of(rules, model, ids, config, block, steps // blocks, sampling)
+            steps = blocks * adapter.annealing.max_denoising_steps if rules.revise else steps
+        elif rules.revise:
+            raise BadRequest(f"what is committed to {type(model).__name__} is final; leave out revise=True")
+        else:
+            adapter = adapter_for(model)
+        counts = torch.tensor(quotas(rules.pace, block, steps // blocks), device=ids.device)
         cls._check_rows(ids, attention_mask, shift)
         need = int(attention_mask.sum(-1).max()) + length
         if need > adapter.positions:
@@ -88,11 +102,12 @@ class Settings:
             attention_mask,
             length,
             block,
+            None if sliding is None else min(sliding, length),
             steps // blocks,
-            torch.tensor(quotas(rules.pace, block, steps // blocks), device=ids.device),
+            counts.cumsum(0) if rules.revise else counts,
             mask_token,
             shift,
-            bool(config.do_sample),
+            sampling,
             end,
             int(pad),
             bool(config.return_dict_in_generate),

@@ -8,11 +8,10 @@ alone, so trees are kept by those bytes: a line is parsed again only if it chang
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 from pertoken.core.errors import BadRequest
 
@@ -37,8 +36,7 @@ STRING_TEXT = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
+class Node(NamedTuple):
     """A piece of a line: its kind and bytes `[start, end)`; a leaf has a text, the others children in order."""
 
     kind: str

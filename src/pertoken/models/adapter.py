@@ -77,6 +77,10 @@ class Adapter(ABC):
         return len(self.layers)
 
     @property
+    def heads(self) -> int:
+        return self.config.num_attention_heads
+
+    @property
     def kv_heads(self) -> int:
         return getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
 

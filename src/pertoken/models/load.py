@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 
+from pertoken.core.errors import BadRequest
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": "auto"}
+CLASSES = {"diffusion_gemma": "DiffusionGemmaForBlockDiffusion"}  # what AutoModelForCausalLM does not know
 
 
 def resolve(name: str) -> str:
@@ -35,7 +38,10 @@ def load(name: str, dtype: str | torch.dtype = "auto", device: str | torch.devic
 
     dtype: "fp32", "bf16", "fp16", "auto" (as stored), or a torch dtype; device: "auto" is the GPU where there is one.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
+    from transformers import AutoTokenizer, PretrainedConfig
+
+    from pertoken.models import checkpoints
 
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
@@ -45,8 +51,17 @@ def load(name: str, dtype: str | torch.dtype = "auto", device: str | torch.devic
     local = Path(path).is_dir()
     model: Any
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=wanted, local_files_only=local)
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local, padding_side="left")
+        about, _ = PretrainedConfig.get_config_dict(path, local_files_only=local)
+        reader = checkpoints.reader_for(about, name)
+        if reader is None:
+            cls = getattr(transformers, CLASSES.get(about.get("model_type", ""), "AutoModelForCausalLM"))
+            model = cls.from_pretrained(path, dtype=wanted, local_files_only=local)
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local, padding_side="left")
+        else:
+            model = checkpoints.read(reader, path, about, wanted, local)
+            tokenizer = reader.tokenizer(path, model.config, local)
+    except BadRequest:
+        raise
     except (OSError, ValueError) as error:
         where = "this directory has no usable model" if local else "no such directory, and the hub did not give it"
         raise ValueError(

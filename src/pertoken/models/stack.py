@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from pertoken.core.attach import active
 from pertoken.core.policy import View
 from pertoken.models.adapter import Adapter, LlamaLike, adapter_for
 from pertoken.models.cache import Packing, TreeCache
+from pertoken.models.queries import queries_seen
 from pertoken.models.slots import SlotCache
 
 
@@ -96,10 +98,12 @@ class ModuleStack(Stack):
 
     def run(self, hidden, positions, cache, masks, first, last, states=None):
         rotary = self.adapter.rotary(hidden, positions)
-        for index in range(first, last):
-            hidden = self.adapter.run_layer(index, hidden, masks[self.windows[index]], positions, rotary, cache)
-            if states is not None:
-                states.append(hidden)
+        wanted = isinstance(cache, SlotCache) and cache.queries is not None
+        with queries_seen(self.adapter, cache.observe) if wanted else nullcontext():
+            for index in range(first, last):
+                hidden = self.adapter.run_layer(index, hidden, masks[self.windows[index]], positions, rotary, cache)
+                if states is not None:
+                    states.append(hidden)
         return hidden
 
 
@@ -163,9 +167,10 @@ class FusedLayer:
             turned = torch.cat([self.q_norm(turned[:, :, :heads]), self.k_norm(turned[:, :, heads:])], 2)
         half = dim // 2
         turned = torch.addcmul(turned * cos, torch.cat((turned[..., half:], turned[..., :half]), -1), sin)
-        new_values = qkv[:, :, heads + kv_heads :].transpose(1, 2)
-        seen_keys, seen_values = cache.update(turned[:, :, heads:].transpose(1, 2), new_values, index)
-        query = turned[:, :, :heads].transpose(1, 2).reshape(rows, kv_heads, self.groups * tokens, dim)
+        new_keys, new_values = turned[:, :, heads:].transpose(1, 2), qkv[:, :, heads + kv_heads :].transpose(1, 2)
+        query = turned[:, :, :heads].transpose(1, 2)
+        seen_keys, seen_values = cache.update(new_keys, new_values, index, queries=query, scaling=self.scale)
+        query = query.reshape(rows, kv_heads, self.groups * tokens, dim)
         scores = torch.matmul(query, seen_keys.transpose(-1, -2)).mul_(self.scale)
         if mask is not None:
             scores += mask

@@ -12,6 +12,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pertoken.core.trace import Trace
 from pertoken.view.drawing import segments, telling, tree_picture
+from pertoken.view.fills import Fill, fills, spent
+from pertoken.view.grid import grid, spelled, tone
 from pertoken.view.runs import HEADS, baseline, cells, label
 from pertoken.view.spans import (
     MEANING,
@@ -29,6 +31,8 @@ from pertoken.view.spans import (
 )
 
 MOST_BARS = 400
+MOST_COLUMNS, MOST_LINES, OPEN_ROWS = 256, 128, 3
+FILLED = "filled"
 PROMPT_LINES = 14
 CHARTS = (("Tokens per second", "more is better", "tokens_per_second", 1.0, 1, ""),
           ("Floating-point operations", "fewer is better", "flops", 1e9, 2, " GFLOP"))  # fmt: skip
@@ -56,6 +60,7 @@ def render(traces: Sequence[Trace]) -> str:
     return environment.get_template("report.html.j2").render(
         models=models,
         comparisons=_comparisons(traces),
+        open_rows=OPEN_ROWS,
         sections=[_section(trace, number) for number, trace in enumerate(traces, 1)],
     )
 
@@ -91,12 +96,59 @@ def _charts(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _section(trace: Trace, number: int) -> dict[str, Any]:
+    filled = fills(trace)
+    about = {"id": f"trace-{number}", "name": str(trace.about.get("method") or f"trace {number}")}
+    return about | (_filled(filled) if filled else _guessed(trace))
+
+
+def _filled(found: Sequence[Fill]) -> dict[str, Any]:
+    """A canvas that was filled in any order: figures, the text by step, and a picture of every row."""
+    told = spent(found)
+    figures = [
+        ("positions", f"{told.committed:,}"),
+        ("model steps", f"{told.steps:,}"),
+        ("positions per step of a row", f"{told.committed / told.row_steps:.2f}"),
+        ("of all positions computed", f"{100 * told.computed / told.whole:.0f} %"),
+    ]
+    return _EMPTY | {
+        "figures": figures,
+        "filled": True,
+        "passages": [_fill(fill) for fill in found],
+    }
+
+
+def _fill(fill: Fill) -> dict[str, Any]:
+    """A row: its text, each token in the colour of its step, and the picture of its canvas."""
+    picture, again = grid(fill, MOST_COLUMNS, MOST_LINES), fill.again.tolist()
+    firsts = {step: line.first for line in picture.lines for step in range(line.first, line.last + 1)}
+    tokens = []
+    for place, piece, step in fill.text:
+        told = f"committed at step {step} of {fill.steps}, computed {again[place]} times after it"
+        token = {
+            "text": printable(piece),
+            "kind": FILLED if step else UNKNOWN,
+            "line_end": "\n" in piece,
+            "title": f"position {place}, {spelled(fill, place)}: {told if step else 'cut off'}",
+            "style": f"--t:{100 * tone(step, fill.steps):.0f}%" if step else None,
+        }
+        tokens.append((firsts.get(step, 0), token))
+    steps = [(step, [token for _, token in run]) for step, run in groupby(tokens, lambda one: one[0])]
+    canvas = {"steps": fill.steps, "length": fill.length, "prompt": fill.prompt, "grid": picture}
+    return _prompted(fill.number, fill.prompt_pieces) | {"steps": steps, "canvas": canvas}
+
+
+_EMPTY: dict[str, Any] = {
+    "figures": [], "legend": [], "passages": [], "filled": False, "deepest": 0, "chart": None, "trees": [],
+    "decisions": {},
+}  # fmt: skip
+
+
+def _guessed(trace: Trace) -> dict[str, Any]:
+    """A text that grew from the left by guesses: figures, kinds of tokens, and pictures of steps."""
     found, sums = passages(trace), totals(trace)
     kinds = Counter(span.kind for passage in found for span in passage.spans)
     deepest = max((turn.exit or 0 for turn in turns(trace)), default=0)
-    return {
-        "id": f"trace-{number}",
-        "name": str(trace.about.get("method") or f"trace {number}"),
+    return _EMPTY | {
         "figures": _figures(sums),
         "legend": [(kind, MEANING[kind], kinds[kind], kinds[kind] / kinds.total()) for kind in MEANING if kinds[kind]],
         "passages": [_passage(passage, deepest) for passage in found],
@@ -123,16 +175,21 @@ def _figures(sums: Totals) -> list[tuple[str, str]]:
 
 
 def _passage(passage: Passage, deepest: int) -> dict[str, Any]:
-    lines = "".join(passage.prompt).splitlines(keepends=True)
+    steps = [
+        (step, [_token(span, deepest) for span in spans])
+        for step, spans in groupby(passage.spans, lambda span: span.turn.step if span.turn else 0)
+    ]
+    return _prompted(passage.number, passage.prompt) | {"steps": steps, "canvas": None}
+
+
+def _prompted(number: int, prompt: Sequence[str]) -> dict[str, Any]:
+    """A row's number and its prompt, whose earlier lines are folded away."""
+    lines = "".join(prompt).splitlines(keepends=True)
     return {
-        "number": passage.number,
+        "number": number,
         "before": printable("".join(lines[:-PROMPT_LINES])),
         "hidden": max(len(lines) - PROMPT_LINES, 0),
         "prompt": printable("".join(lines[-PROMPT_LINES:])),
-        "steps": [
-            (step, [_token(span, deepest) for span in spans])
-            for step, spans in groupby(passage.spans, lambda span: span.turn.step if span.turn else 0)
-        ],
     }
 
 
@@ -143,7 +200,7 @@ def _token(span: Span, deepest: int) -> dict[str, Any]:
         "kind": span.kind,
         "line_end": "\n" in span.label,
         "title": _title(span),
-        "depth": 0.4 + 0.6 * layer / deepest if layer else None,
+        "style": f"--depth:{0.4 + 0.6 * layer / deepest:.2f}" if layer else None,
     }
 
 

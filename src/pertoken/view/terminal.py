@@ -12,6 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from pertoken.core.trace import Trace
+from pertoken.view.fills import Fill, fills, spent
+from pertoken.view.grid import DECIDED, grid, tone
 from pertoken.view.runs import HEADS, cells
 from pertoken.view.spans import MEANING, Bar, Passage, Totals, bars, passages, printable, totals
 
@@ -25,22 +27,26 @@ STYLES = {
 }
 PROMPT_LINES, PROMPT_CHARACTERS = 8, 600
 CHART_LINES, CHART_WIDTH = 32, 40
+FILL_LINES, FILL_COLUMNS, FILL_ROWS = 24, 56, 4
+RAMP = ("#8f9bf0", "#b79af0", "#de9ce0", "#f59fb8", "#fbb184", "#f7cf6b")  # first step to last
+WORKED = {DECIDED: "▒"}
 
 
 def text_view(trace: Trace) -> RenderableType:
     """The output of every row, each token styled by what it cost, below a dimmed end of its prompt."""
+    if filled := fills(trace):
+        return Group(_headline(trace, _filled_summary(filled)), *_fill_texts(filled), _ramp())
     found = passages(trace)
-    parts: list[RenderableType] = [_headline(trace), *_row_texts(found)]
+    parts: list[RenderableType] = [_headline(trace, summarised(totals(trace))), *_row_texts(found)]
     if not found:
         parts.append(Text("The trace holds no text and no decoding steps.", "dim"))
     legend = _legend(Counter(span.kind for passage in found for span in passage.spans))
     return Group(*parts, legend)
 
 
-def _headline(trace: Trace) -> Text:
+def _headline(trace: Trace, summary: str) -> Text:
     names = [str(trace.about[key]) for key in ("method", "model") if trace.about.get(key)]
     line = Text(" on ".join(names) or "trace", "bold")
-    summary = summarised(totals(trace))
     return line.append(f"  {summary}", "not bold dim") if summary else line
 
 
@@ -54,13 +60,43 @@ def summarised(sums: Totals) -> str:
     return line
 
 
+def _filled_summary(found: Sequence[Fill]) -> str:
+    told = spent(found)
+    share = 100 * told.computed / told.whole
+    return f"{told.committed} positions in {told.steps} model steps, {share:.0f} % of all positions computed"
+
+
+def _fill_texts(found: Sequence[Fill]) -> list[Text]:
+    texts = []
+    for fill in found:
+        text = _beginning(fill.number, len(found), fill.prompt_pieces)
+        for _, piece, step in fill.text:
+            text.append(printable(piece), f"black on {_shade(tone(step, fill.steps))}" if step else "dim")
+        texts.append(text.append("\n"))
+    return texts
+
+
+def _shade(share: float) -> str:
+    return RAMP[min(int(share * len(RAMP)), len(RAMP) - 1)]
+
+
+def _ramp() -> Text:
+    line = Text("committed first ", "dim")
+    for colour in RAMP:
+        line.append("   ", f"on {colour}")
+    return line.append(" last", "dim")
+
+
+def _beginning(number: int, rows: int, prompt: Sequence[str]) -> Text:
+    """A row's number, where there are several, and the dimmed end of its prompt."""
+    text = Text(f"row {number}\n" if rows > 1 else "", "bold dim")
+    return Text.assemble(text, (_end_of_prompt("".join(prompt)), "dim"))
+
+
 def _row_texts(found: Sequence[Passage]) -> list[Text]:
     texts = []
     for passage in found:
-        text = Text()
-        if len(found) > 1:
-            text.append(f"row {passage.number}\n", "bold dim")
-        text.append(_end_of_prompt("".join(passage.prompt)), "dim")
+        text = _beginning(passage.number, len(found), passage.prompt)
         for span in passage.spans:
             text.append(span.label, STYLES[span.kind])
         texts.append(text.append("\n"))
@@ -96,7 +132,10 @@ def runs_table(runs: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def steps_chart(trace: Trace) -> RenderableType:
-    """A line per step, or per equal run of steps where there are many: guesses drawn, the accepted ones filled."""
+    """A line per step, or per equal run of steps where there are many: guesses drawn, the accepted ones filled; for a
+    canvas, what was computed and committed."""
+    if filled := fills(trace):
+        return _canvases(filled)
     found = bars(trace, CHART_LINES)
     if not found:
         return _other_decisions(trace)
@@ -124,6 +163,39 @@ def _bar(bar: Bar, most: int) -> Text:
         line.append("█" * length, STYLES[source].split(" on ")[1].split()[0])
         used += length
     return line.append("░" * max(full - used, 0), "dim")
+
+
+def _canvases(found: Sequence[Fill]) -> RenderableType:
+    parts: list[RenderableType] = []
+    for fill in found[:FILL_ROWS]:
+        row = f"row {fill.number}, " if len(found) > 1 else ""
+        parts.append(Text(f"{row}{fill.prompt} prompt tokens | {fill.length} positions from left to right", "dim"))
+        parts.append(_canvas(fill))
+    if len(found) > FILL_ROWS:
+        parts.append(Text(f"and {len(found) - FILL_ROWS} more rows", "dim"))
+    key = [("░", "computed while undecided"), ("▒", "computed after its commit"), (" ", "not computed")]
+    return Group(*parts, Text("   ").join([Text("█ committed"), *(Text(f"{sign} {what}") for sign, what in key)]))
+
+
+def _canvas(fill: Fill) -> Text:
+    """A line per step: the prompt, a bar, the canvas."""
+    picture = grid(fill, FILL_COLUMNS, FILL_LINES)
+    width, gap = round(picture.width), round(picture.start)
+    cells = [[(" ", "")] * width for _ in picture.lines]
+    for box in picture.boxes:
+        for line in cells[box.y : box.y + box.height]:
+            x = round(box.x)
+            line[x : x + box.width] = [(WORKED.get(box.kind, "░"), "dim")] * box.width
+    for line, own in zip(cells, picture.lines, strict=True):
+        for mark in own.marks:
+            line[round(mark.x)] = ("█", _shade(mark.tone))
+        if gap:
+            line[gap - 2 : gap] = [("│", "dim"), ("", "")]
+    names = [str(line.first) if line.first == line.last else f"{line.first}–{line.last}" for line in picture.lines]
+    most = max(map(len, names))
+    return Text("\n").join(
+        Text.assemble((f"{name:>{most}} ", "dim"), *line) for name, line in zip(names, cells, strict=True)
+    )
 
 
 def _other_decisions(trace: Trace) -> RenderableType:

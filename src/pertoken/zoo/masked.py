@@ -26,7 +26,8 @@ LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # shares of masked tokens at which held-out 
 
 
 class Bidirectional(nn.Module):
-    """Normed hidden states `[batch, token, width]` of ids `[batch, token]`; every token reads every other."""
+    """Normed hidden states `[batch, token, width]` of ids `[batch, token]`; every token reads every other, or what the
+    additive mask `[batch, 1, 1, token]` lets it read."""
 
     def __init__(self, model: LlamaForCausalLM):
         super().__init__()
@@ -36,13 +37,13 @@ class Bidirectional(nn.Module):
         for layer in layers:
             layer.self_attn.is_causal = False
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         inner = self.model.model
         hidden = inner.embed_tokens(ids)
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
         rotary = inner.rotary_emb(hidden, positions)
         for layer in inner.layers:
-            hidden = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=rotary)
+            hidden = layer(hidden, attention_mask=mask, position_ids=positions, position_embeddings=rotary)
         return inner.norm(hidden)
 
 

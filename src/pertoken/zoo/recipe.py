@@ -74,18 +74,38 @@ class Recipe:
     save_every: int = 100
 
 
-def _twin(objective: str) -> Recipe:
+def _twin(objective: str, batch: int = 10, length: int = 384) -> Recipe:
     """Models of equal size, start and data that differ in what they learn to predict."""
     return Recipe(
         Shape(layers=5, width=256, heads=4, kv_heads=2, ffn=704, vocab=4097),
         start="code-target",
         objective=objective,
-        steps=2000,
-        batch=10,
-        length=384,
+        steps=1200,
+        batch=batch,
+        length=length,
         lr=4e-3,
         embedding_lr=2e-3,
     )
+
+
+@dataclass(frozen=True)
+class FilterRecipe:
+    """How the filters of Learn2PD are trained for a zoo model: records of its own decodes of `batches` batches of
+    functions and as many of unit tests, all from the training split, on canvases of `length`; full-batch AdamW. Every
+    fifth batch is kept from training and sets tau for each of `rates`, shares of wrong commits. The filters have the
+    paper's two layers and, as a control, one."""
+
+    model: str = "code-diffusion"
+    block: int = 32
+    length: int = 128
+    batch: int = 16
+    batches: int = 10
+    longest_prompt: int = 96
+    layers: tuple[int, ...] = (2, 1)
+    steps: int = 10_000
+    lr: float = 3e-3
+    rates: tuple[float, ...] = (0.002, 0.005, 0.01, 0.02, 0.05)
+    seed: int = 20261124
 
 
 @dataclass(frozen=True)
@@ -108,8 +128,10 @@ class Zoo:
             ),
             "code-diffusion": _twin("masked"),
             "code-twin": _twin("answering"),
+            "code-insertion": _twin("insertion", batch=26, length=188),
         }
     )
 
 
 RECIPES = Zoo().recipes
+FILTERS = {"code-filter": FilterRecipe()}

@@ -29,6 +29,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pertoken.zoo import corpus, model_path
 from pertoken.zoo.answering import AnsweringTokens
+from pertoken.zoo.insertion import Insertion
 from pertoken.zoo.masked import MASK, MaskedTokens
 from pertoken.zoo.next_token import NextToken
 from pertoken.zoo.objective import Objective
@@ -38,6 +39,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "next_token": NextToken,
     "masked": MaskedTokens,
     "answering": AnsweringTokens,
+    "insertion": Insertion,
 }
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 

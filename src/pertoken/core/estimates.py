@@ -1,0 +1,36 @@
+"""Estimates with their uncertainty: bootstrap intervals over tasks, and pass@k."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import comb
+
+import numpy as np
+
+ROUNDS = 2000
+
+
+def interval(values: Sequence[float], level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of `values`, one per task. Both ends are the mean for one task, not a
+    number for none."""
+    array = np.asarray(values, dtype=float)
+    if not len(array):
+        return float("nan"), float("nan")
+    drawn = np.random.default_rng(seed).integers(len(array), size=(ROUNDS, len(array)))
+    means = array[drawn].mean(1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def difference(one: Sequence[float], other: Sequence[float], level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+    """Interval of the mean of `one` minus that of `other`, both on the same tasks (paired)."""
+    if len(one) != len(other):
+        raise ValueError(f"paired values must be as many on both sides, not {len(one)} and {len(other)}")
+    return interval(np.asarray(one, dtype=float) - np.asarray(other, dtype=float), level, seed)  # type: ignore[arg-type]
+
+
+def pass_at(k: int, passed: int, samples: int) -> float:
+    """Unbiased chance that at least one of `k` of the samples passes (Chen et al., arXiv 2107.03374)."""
+    if not 1 <= k <= samples:
+        raise ValueError(f"pass@{k} needs at least {k} samples, there are {samples}")
+    return 1 - comb(samples - passed, k) / comb(samples, k)

@@ -1,0 +1,75 @@
+"""Canvas rules: padding that stays in place against rows that end."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pertoken.denoise.canvas import Canvas
+from pertoken.denoise.ends import EndOfText, PaddingFill
+from pertoken.denoise.loop import COMMIT, Denoise
+from pertoken.denoise.schedule import Schedule
+from pertoken.denoise.threshold import Threshold
+from tests.denoise.conftest import END, MASK, alone, bidirectional, fill, prompts
+
+
+def canvas_with(*rows):
+    """Canvases of four positions behind a prompt of one token: a token, or None where undecided."""
+    canvas = Canvas.of(torch.full((len(rows), 1), END), torch.ones(len(rows), 1), 4, 4, MASK)
+    ids = torch.tensor([[END, *(MASK if token is None else token for token in row)] for row in rows])
+    known = torch.tensor([[False, *(token is not None for token in row)] for row in rows])
+    canvas.commit(known, ids)
+    return canvas
+
+
+def test_only_what_is_undecided_behind_the_first_decided_end_becomes_padding():
+    canvas = canvas_with([None, END, 7, None], [5, None, None, END], [None] * 4, [END, END, None, 9])
+    ends = PaddingFill(0).trim(canvas, END, canvas.masked, None)
+    assert ends.tolist() == [3, 5, 5, 2]
+    canvas.fill(ends, 0)
+    assert canvas.ids[:, 1:].tolist() == [[MASK, END, 7, 0], [5, MASK, MASK, END], [MASK] * 4, [END, END, 0, 9]]
+    assert canvas.masked[:, 1:].long().tolist() == [[1, 0, 0, 0], [0, 1, 1, 0], [1] * 4, [0] * 4]
+    assert canvas.valid.all(), "padding is read like any other token"
+
+
+def test_a_padding_token_ends_a_row_too():
+    canvas = canvas_with([5, 0, None, END])
+    assert PaddingFill(0).trim(canvas, END, canvas.masked, None).tolist() == [3]
+    assert PaddingFill().trim(canvas, END, canvas.masked, None).tolist() == [5]
+
+
+@pytest.fixture(scope="module")
+def ending():
+    """A model that ends its texts somewhere."""
+    model = bidirectional("llama")
+    model.lm_head.weight.data[END] += 0.25 * model.lm_head.weight.data[7]
+    return model
+
+
+@pytest.mark.parametrize("block", [8, None])
+@pytest.mark.parametrize("commit", [Schedule(), Threshold(0.3)])
+def test_padding_saves_steps_where_rows_end_and_does_not_depend_on_the_batch(ending, commit, block):
+    inputs, options = prompts(6, 10, 3, seed=4), {"eos_token_id": END, "length": 32}
+    plain, filled, cut = (Denoise(commit, canvas=rule, block=block) for rule in (None, PaddingFill(), EndOfText()))
+    texts = [fill(ending, inputs, decoder, **options) for decoder in (plain, filled, cut)]
+    assert any(END in row for row in texts[1].tolist()), "some row must end"
+    assert filled.stats.row_steps < plain.stats.row_steps
+    assert filled.stats.token_forwards > cut.stats.token_forwards
+    for row in range(3):
+        assert fill(ending, alone(inputs, row), filled, **options)[0].tolist() == texts[1][row].tolist()
+
+
+def test_a_replay_fills_as_the_recording_did(ending):
+    inputs, options = prompts(6, 10, seed=4), {"eos_token_id": END, "length": 32}
+    decoder = Denoise(canvas=PaddingFill(), block=None)
+    with decoder.record() as trace:
+        out = fill(ending, inputs, decoder, **options)
+    assert sum(int(step.decision.keep.sum()) for step in trace.at(COMMIT)) < 64
+    with decoder.replay(trace):
+        assert fill(ending, inputs, decoder, **options).equal(out)
+
+
+def test_without_an_end_of_text_nothing_is_filled(model):
+    decoders = [Denoise(canvas=rule, block=8) for rule in (None, PaddingFill())]
+    outs = [fill(model, prompts(6), decoder) for decoder in decoders]
+    assert outs[0].equal(outs[1]) and decoders[0].stats.steps == decoders[1].stats.steps
