@@ -73,6 +73,8 @@ def options(
     pass
 
 
+BASELINE = "full; for a diffusion model dense: one per step, no cache"
+CANVAS = "For diffusion models, whose canvas is --max-new-tokens long"
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")]
 Html = Annotated[Path | None, typer.Option(help="Write a self-contained HTML report.")]
 Results = Annotated[Path | None, typer.Option(help="Directory of results; default: ./results, or the checkout's.")]
@@ -154,6 +156,7 @@ def bench(
     as_json: AsJson = False,
     results: Results = None,
     seed: Annotated[int, typer.Option(help="For everything random.")] = 0,
+    only: Annotated[str, typer.Option(metavar="TEXT", help="Only claims whose sentence contains this.")] = "",
 ) -> None:
     """Measure the claims of methods; a full run keeps every finished claim in results/NAME.json.
 
@@ -171,7 +174,7 @@ def bench(
             outcome = "holds" if record["holds"] else "does not hold"
             say.print(f"{record['method']}: {record['claim']}: {outcome}", soft_wrap=True, markup=False)
 
-        outcome = run(names, quick, on_record, seed=seed, directory=results, status=status)
+        outcome = run(names, quick, on_record, seed=seed, directory=results, status=status, only=only)
     if as_json:
         print_json(outcome.records)
     else:
@@ -206,24 +209,47 @@ def run(
     top_k: Annotated[int | None, typer.Option(help="Sample from this many tokens.")] = None,
     dtype: Annotated[str, typer.Option(help="fp32, bf16, or auto (as stored).")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto (the GPU where there is one).")] = "auto",
-    baseline: Annotated[str, typer.Option(help="What speed is relative to; generate for transformers' own.")] = "full",
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            help="What speed is relative to: a method, or generate (transformers' own).", show_default=BASELINE
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="For sampling.")] = 0,
     batch: Annotated[int, typer.Option(help="Prompts generated together.")] = 8,
+    block: Annotated[
+        int | None, typer.Option(help="Positions per block.", rich_help_panel=CANVAS, show_default="32")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps over the canvas.", rich_help_panel=CANVAS, show_default="one per position")
+    ] = None,
+    filter_file: Annotated[
+        Path | None, typer.Option("--filter", help="Trained filter, for methods that need one.", rich_help_panel=CANVAS)
+    ] = None,
+    language: Annotated[
+        str | None, typer.Option(help="What is written, for methods that parse it.", rich_help_panel=CANVAS)
+    ] = None,
     as_json: AsJson = False,
     html: Html = None,
     trace: Annotated[Path | None, typer.Option(help="Save what every token got; read it with `trace`.")] = None,
 ) -> None:
     """Run methods beside the dense model on your own input: output, speed, steps, operations, memory, agreement.
 
-    NAME+NAME attaches both at once; several names are set side by side.
+    NAME+NAME puts methods together: policies under a decoder, or rules of a diffusion model. Several names are set side
+    by side.
+
+    Example: pertoken run threshold+dual_cache learn2pd --model zoo:code-diffusion --prompt "def parse(text):"
 
     Example: pertoken run dyspec --model zoo:code-target --prompt "def parse(text):" --html report.html
     """
     if (prompt is None) == (input_file is None):
         raise ValueError('give one of --prompt "TEXT" and --input FILE')
-    from pertoken.bench.compare import Options, compare, read_prompts
+    from pertoken.bench.compare import Options, compare
+    from pertoken.bench.texts import read_prompts
 
-    options = Options(max_new_tokens, temperature, top_p, top_k, dtype, device, baseline, seed, batch)
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    canvas = {"block": block, "steps": steps, "filter": filter_file and str(filter_file), "language": language}
+    options = Options(max_new_tokens, dtype=dtype, device=device, baseline=baseline, batch=batch, **sampling, **canvas)
     prompts = [prompt] if prompt is not None else read_prompts(input_file)  # type: ignore[arg-type]
     with progress() as status:
         found = compare(names, model, draft, prompts, options, status)
@@ -270,7 +296,9 @@ def show(found: Any, as_json: bool, html: Path | None) -> None:
 
 def save_traces(found: Any, path: Path) -> None:
     """One file per method that records; with several the method's name goes into each file's."""
-    wanted = [one for one in found.traces if one.about["method"] not in ("generate", found.options.baseline)]
+    from pertoken.bench.sides import DENSE, PLAIN
+
+    wanted = [one for one in found.traces if one.about["method"] not in (PLAIN, DENSE, found.options.baseline)]
     wanted = wanted or found.traces
     if not wanted:
         raise ValueError(f"none of the methods records decisions, so there is nothing to save in {path}")

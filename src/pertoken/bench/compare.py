@@ -1,8 +1,9 @@
 """Methods side by side on the same prompts: output, speed, model steps, operations, memory, and whether outputs agree.
 
 Every side generates the same batches. One warm-up pass, then `repeats` timed passes in turn (A B C A B C ...) whose
-median counts; operations are counted and decisions recorded in a further pass that is not timed. `generate` is
-transformers' own plain loop on the same model: the outputs of every side are compared with its.
+median counts; operations are counted and decisions recorded in a further pass that is not timed. The first side is the
+reference that the others' outputs are compared with: for a causal model `generate`, transformers' own plain loop; for
+a diffusion model, which that loop cannot run, `dense`, one commit per step and everything computed at each.
 """
 
 from __future__ import annotations
@@ -10,27 +11,39 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pertoken.bench.sides import (
+    DENSE,
+    PLAIN,
+    Given,
+    Side,
+    check_kind,
+    default_baseline,
+    default_draft,
+    default_filter,
+    make_side,
+    parts_of,
+    reference,
+)
+from pertoken.bench.texts import agreement, texts
 from pertoken.core import cost
 from pertoken.core.attach import attach
-from pertoken.core.card import Card, card
-from pertoken.core.decision import Commit
 from pertoken.core.trace import Trace
 from pertoken.methods import load_methods
-
-PLAIN = "generate"
+from pertoken.models.kind import kind_of
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to generate. temperature 0 is greedy; dtype and device as in `models.load`; batch: prompts generated
-    together."""
+    """How to generate. temperature 0 is greedy; dtype and device as in `models.load`; baseline: None for the default of
+    the model's kind; batch: prompts generated together; block, steps: of a diffusion model's canvas, None for the
+    methods' own; filter, language: for methods that take them."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -38,14 +51,18 @@ class Options:
     top_k: int | None = None
     dtype: str = "auto"
     device: str = "auto"
-    baseline: str = "full"
+    baseline: str | None = None
     seed: int = 0
     batch: int = 8
     repeats: int = 3
+    block: int | None = None
+    steps: int | None = None
+    filter: str | None = None
+    language: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "batch", "repeats"):
-            if getattr(self, name) < 1:
+        for name in ("max_new_tokens", "batch", "repeats", "block", "steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is too few; give at least 1")
         if self.temperature < 0:
             raise ValueError(f"temperature={self.temperature} is negative; give 0 for greedy or more to sample")
@@ -66,7 +83,8 @@ class Options:
 class Run:
     """One side's figures. seconds: median of a pass over all prompts; tokens: generated in it; steps: forwards of the
     model; flops: operations; peak_bytes: memory of the process (or of the GPU) at its highest during the side's passes;
-    speedup: tokens per second relative to the baseline; identical: same ids as `generate`, None where sampled.
+    speedup: tokens per second relative to the baseline; identical: same ids as the reference's, None where sampled;
+    agreement: share of positions with the same token as the reference's, None where sampled.
     """
 
     name: str
@@ -79,6 +97,7 @@ class Run:
     peak_bytes: int
     speedup: float
     identical: bool | None
+    agreement: float | None = None
 
 
 @dataclass
@@ -106,76 +125,10 @@ class Comparison:
         }
 
 
-@dataclass
-class Side:
-    """One contender while it runs: its decoder and attached policies (none of either for plain generation)."""
-
-    name: str
-    label: str
-    decoder: Any = None
-    policies: tuple[Any, ...] = ()
-    rows: list[list[int]] = field(default_factory=list)
-    steps: int = 0
-    peak_bytes: int = 0
-
-
 def load_model(name: str, options: Options) -> tuple[Any, Any]:
     from pertoken.models.load import load
 
     return load(name, options.dtype, options.device)
-
-
-def make_decoder(name: str, model: Any, draft: Any) -> Any:
-    from pertoken.decode import make
-
-    return make(name, draft=draft)
-
-
-def parts_of(name: str) -> list[Card]:
-    """The cards of "NAME" or "NAME+NAME"; raises `ValueError` for unknown names and for pairs without a meaning."""
-    found = [card(part) for part in name.split("+")]
-    for one in found:
-        if one.shape not in ("decoder", "policy"):
-            raise ValueError(f"{one.name} is an {one.shape}; only decoders and policies generate text")
-    decoders = [one.name for one in found if one.shape == "decoder"]
-    if len(decoders) > 1:
-        raise ValueError(
-            f"{' and '.join(decoders)} both choose the next token and cannot be combined; "
-            f"give them as separate names ({' '.join(decoders)}) to see them side by side"
-        )
-    return found
-
-
-def default_draft(model_name: str, names: list[str]) -> str | None:
-    """For a zoo model and methods that need a draft: the zoo model distilled from it."""
-    target = model_name.removeprefix("zoo:")
-    if target == model_name or not any("draft" in one.needs for name in names for one in parts_of(name)):
-        return None
-    from pertoken.zoo.recipe import RECIPES
-
-    return next((f"zoo:{name}" for name, recipe in RECIPES.items() if recipe.teacher == target), None)
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Prompts of a file: one per line, or for `*.jsonl` the "prompt" of each object. Empty lines are passed over."""
-    import json
-
-    prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        if path.suffix != ".jsonl":
-            prompts.append(line)
-            continue
-        try:
-            prompts.append(json.loads(line)["prompt"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f'{path} line {number} is not an object with a "prompt": {line[:60]!r}') from error
-    if not prompts:
-        raise ValueError(
-            f"{path} holds no prompt; write one per line, or one JSON object with a prompt per line (.jsonl)"
-        )
-    return prompts
 
 
 def compare(
@@ -192,25 +145,37 @@ def compare(
     Raises `ValueError` for unknown names, empty prompts, models that do not fit together, or too long a context.
     """
     load_methods()
-    wanted = list(dict.fromkeys([PLAIN, options.baseline, *names]))
-    for name in wanted[1:]:
+    asked = [name for name in (options.baseline, *names) if name not in (None, PLAIN, DENSE)]
+    for name in asked:
         parts_of(name)
     if not prompts or any(not prompt.strip() for prompt in prompts):
         raise ValueError("a prompt is empty; give each some text to go on from")
-    draft_name = draft_name or default_draft(model_name, wanted[1:])
     status(f"loading {model_name}")
     model, tokenizer = load_model(model_name, options)
+    kind = kind_of(model)
+    baseline = options.baseline or default_baseline(kind)
+    options, wanted = replace(options, baseline=baseline), list(dict.fromkeys([reference(kind), baseline, *names]))
+    for name in wanted:
+        check_kind(name, kind, model_name)
+    if kind != "diffusion" and (options.block or options.steps):
+        raise ValueError(
+            f"--block and --steps are of a canvas, which {model_name}, a {kind} model, has not; leave them out"
+        )
+    draft_name = draft_name or default_draft(model_name, wanted)
     draft = None
     if draft_name is not None:
         draft, draft_tokenizer = load_model(draft_name, options)
         _check_tokenizers(tokenizer, draft_tokenizer, model_name, draft_name)
+    given = Given(draft, tokenizer, options.filter, options.language, options.block, options.steps)
+    if options.filter is None and kind == "diffusion":
+        given = replace(given, filter=default_filter(model_name, wanted, given.places(options.max_new_tokens)))
     batches = [
         tokenizer(prompts[i : i + options.batch], return_tensors="pt", padding=True, padding_side="left")
         for i in range(0, len(prompts), options.batch)
     ]
     batches = [{k: batch[k].to(model.device) for k in ("input_ids", "attention_mask")} for batch in batches]
     _check_room(model, batches, options)
-    sides = [_side(name, model, draft) for name in wanted]
+    sides = [make_side(name, kind, given) for name in wanted]
     comparison = Comparison(model_name, draft_name, prompts, options)
     seconds = _time(sides, model, tokenizer, batches, options, status)
     flops, traces = {}, {}
@@ -248,19 +213,9 @@ def _check_room(model: Any, batches: list[dict[str, Tensor]], options: Options) 
         )
 
 
-def _side(name: str, model: Any, draft: Any) -> Side:
-    if name == PLAIN:
-        return Side(name, "transformers generate")
-    parts = parts_of(name)
-    if len(parts) == 1:
-        label = f"lossless {name}" if parts[0].shape == "policy" else name
-        return Side(name, label, make_decoder(name, model, draft))
-    decoder = next((make_decoder(part.name, model, draft) for part in parts if part.shape == "decoder"), None)
-    return Side(name, name, decoder, tuple(part.build() for part in parts if part.shape == "policy"))
-
-
 def _generate(side: Side, model: Any, tokenizer: Any, batch: dict[str, Tensor], options: Options) -> list[list[int]]:
-    """New ids of each row, to the end of text inclusive; adds the side's steps."""
+    """New ids of each row, to the end of text inclusive, or its whole text if tokens go anywhere; adds the side's steps
+    and tokens."""
     torch.manual_seed(options.seed)
     extra = {} if side.decoder is None else {"custom_generate": side.decoder}
     forwards = [0]
@@ -274,7 +229,13 @@ def _generate(side: Side, model: Any, tokenizer: Any, batch: dict[str, Tensor], 
     side.steps += forwards[0] if side.decoder is None else int(side.decoder.stats.steps)
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, (list, tuple)) else [ends]) - {None}
-    return [_to_end(row, ends) for row in ids[:, batch["input_ids"].shape[1] :].tolist()]
+    if side.whole:
+        side.tokens += int(extra["custom_generate"].stats.tokens)
+        padding = (batch["attention_mask"] == 0).sum(-1).tolist()
+        return [_stripped(row[left:], tokenizer.pad_token_id) for row, left in zip(ids.tolist(), padding, strict=True)]
+    rows = [_to_end(row, ends) for row in ids[:, batch["input_ids"].shape[1] :].tolist()]
+    side.tokens += sum(map(len, rows))
+    return rows
 
 
 def _to_end(row: list[int], ends: set[int]) -> list[int]:
@@ -282,8 +243,14 @@ def _to_end(row: list[int], ends: set[int]) -> list[int]:
     return row[:stop]
 
 
+def _stripped(row: list[int], pad: int | None) -> list[int]:
+    """Without the padding at its end."""
+    last = next((i for i in reversed(range(len(row))) if row[i] != pad), -1)
+    return row[: last + 1]
+
+
 def _pass(side: Side, model: Any, tokenizer: Any, batches: list[dict[str, Tensor]], options: Options) -> None:
-    side.steps = 0
+    side.steps = side.tokens = 0
     _reset_peak(model.device)
     rows = [_generate(side, model, tokenizer, batch, options) for batch in batches]
     side.rows = [row for batch in rows for row in batch]
@@ -308,7 +275,7 @@ def _count(side: Side, model: Any, tokenizer: Any, batches: list, options: Optio
     """Operations of one pass, and the trace of its first batch with the texts of that very pass."""
     traces: list[Trace] = []
     rows: list[list[int]] = []
-    kept = (side.steps, side.peak_bytes)
+    kept = (side.steps, side.tokens, side.peak_bytes)
 
     def work() -> None:
         for number, batch in enumerate(batches):
@@ -320,54 +287,35 @@ def _count(side: Side, model: Any, tokenizer: Any, batches: list, options: Optio
                 rows.extend(made)
 
     flops = cost.count_flops(work)
-    side.steps, side.peak_bytes = kept
+    side.steps, side.tokens, side.peak_bytes = kept
     if not traces:
         return flops, None
     traces[0].about |= texts(traces[0], tokenizer, batches[0], rows)
+    if side.whole:
+        for row in traces[0].about["rows"]:
+            row["prompt"] = []
     return flops, traces[0]
 
 
 def _figures(sides: list[Side], seconds: dict[str, float], flops: dict[str, int], options: Options) -> list[Run]:
-    tokens = {side.name: sum(map(len, side.rows)) for side in sides}
-    speed = {name: tokens[name] / max(seconds[name], 1e-9) for name in seconds}
+    speed = {side.name: side.tokens / max(seconds[side.name], 1e-9) for side in sides}
+    base = speed[options.baseline or sides[0].name]
     return [
         Run(
             name=side.name,
             label=side.label,
             seconds=seconds[side.name],
-            tokens=tokens[side.name],
+            tokens=side.tokens,
             tokens_per_second=speed[side.name],
             steps=side.steps,
             flops=flops[side.name],
             peak_bytes=side.peak_bytes,
-            speedup=speed[side.name] / max(speed[options.baseline], 1e-9),
+            speedup=speed[side.name] / max(base, 1e-9),
             identical=None if options.temperature else side.rows == sides[0].rows,
+            agreement=None if options.temperature else agreement(side.rows, sides[0].rows),
         )
         for side in sides
     ]
-
-
-def texts(trace: Trace, tokenizer: Any, batch: dict[str, Tensor], outputs: list[list[int]]) -> dict[str, Any]:
-    """What a reader needs to draw a trace: prompts and outputs in pieces, and the text of every token guessed."""
-    masks, prompts = batch["attention_mask"].bool(), batch["input_ids"]
-    rows = [
-        {"prompt": pieces(tokenizer, ids[mask].tolist()), "output": pieces(tokenizer, output)}
-        for ids, mask, output in zip(prompts, masks, outputs, strict=True)
-    ]
-    commits = [step.decision for step in trace.steps if isinstance(step.decision, Commit)]
-    guessed = sorted({token for commit in commits for token in commit.tokens[commit.valid].tolist()})
-    return {"rows": rows, "vocabulary": {str(token): tokenizer.decode([token]) for token in guessed}}
-
-
-def pieces(tokenizer: Any, ids: list[int]) -> list[str]:
-    """The text that each token adds. A character spread over several tokens is given to the last of them."""
-    found, shown = [], ""
-    for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        whole = not text.endswith("\ufffd") or end == len(ids)
-        found.append(text[len(shown) :] if whole else "")
-        shown = text if whole else shown
-    return found
 
 
 def _reset_peak(device: torch.device) -> None:

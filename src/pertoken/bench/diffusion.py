@@ -24,7 +24,8 @@ from pertoken.denoise.loop import Denoise
 MODEL, TWIN = "code-diffusion", "code-twin"
 BLOCK = 32
 UNSEEN = 10**6  # unit tests with seeds from here on are in no training data
-LONGEST_PROMPT = 96  # tokens
+LONGEST_PROMPT = 64  # tokens: with a canvas of 128 as long as the rows of training
+COUNTS = ("steps", "row_steps", "token_forwards", "tokens", "seconds", "token_layers", "whole_layers")
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,12 @@ def _unit_tests(tokenizer: Any, length: int, count: int) -> Task:
     return _task("unit tests", found[:count], length, tests=True)
 
 
+def excerpts(bench: Bench, length: int, full: int, quick: int) -> Task:
+    """Excerpts of held-out files of about 128 tokens, to be gone on with: no originals."""
+    found = tuple(suite.texts(bench, full, quick))
+    return Task("excerpts of held-out files", found, ("",) * len(found), length)
+
+
 def _task(name: str, pairs: list[tuple[str, str]], length: int, tests: bool = False) -> Task:
     prompts, originals = zip(*pairs, strict=True)
     return Task(name, prompts, originals, length, tests)
@@ -131,6 +138,9 @@ class Output:
     token_forwards: int
     tokens: int
     seconds: float
+    token_layers: int
+    whole_layers: int
+    depth: int
 
     @property
     def steps(self) -> float:
@@ -160,14 +170,14 @@ def decode(
     about = use or loaded(bench, dtype)
 
     def make() -> Output:
-        ids, sums = [], dict.fromkeys(("steps", "row_steps", "token_forwards", "tokens", "seconds"), 0)
+        ids, sums = [], dict.fromkeys(COUNTS, 0)
         for part in suite.chunks(list(task.prompts), batch):
             ids.append(suite.generate(about.model, about.batch(part), task.length, decoder, **options))
             for name in sums:
                 sums[name] += getattr(decoder.stats, name)
         found = torch.cat(ids)
         texts = tuple(about.tokenizer.batch_decode(found, skip_special_tokens=True))
-        return Output(task, found, texts, sums.pop("steps"), **sums)
+        return Output(task, found, texts, sums.pop("steps"), depth=about.model.config.num_hidden_layers, **sums)
 
     return bench.shared(("decode", task, decoder, about, batch, *sorted(options.items())), make)
 
@@ -226,6 +236,12 @@ def points(
         alike = agreement(out.ids, wanted.ids)
         found.append(Point(str(label), out.steps, out.forwards, alike.positions, alike.rows))
     return found
+
+
+def exact(bench: Bench, task: Task, **more: Any) -> Point:
+    """The reference's own place."""
+    wanted = reference(bench, task, **more)
+    return Point("reference", wanted.steps, wanted.forwards, 1.0, 1.0)
 
 
 Cost = Literal["steps", "forwards"]

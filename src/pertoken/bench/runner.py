@@ -38,22 +38,29 @@ def run(
     seed: int = 0,
     directory: Path | None = None,
     status: Callable[[str], None] = lambda text: None,
+    only: str = "",
 ) -> Outcome:
-    """Measure every claim of the named methods.
+    """Measure every claim of the named methods whose sentence contains `only`, in any case of letters.
 
     After each claim `on_record` is called with its record and, unless `quick`, `directory`/NAME.json is brought up to
     date. A claim that raises is recorded with its error as not holding, and the run goes on. Ctrl-C ends the run and
-    keeps what was finished. Raises `ValueError`, before anything runs, for an unknown method or one without claims.
+    keeps what was finished. Raises `ValueError`, before anything runs, for an unknown method, one without claims, or an
+    `only` that none of them contains.
     """
     plan = {name: claims_of(name) for name in dict.fromkeys(names)}
     if empty := [name for name, claims in plan.items() if not claims]:
         raise ValueError(f"{empty[0]} has no claims to measure; write them in pertoken/bench/{stem(empty[0])}.py")
+    if not any(only.lower() in claim.claim.lower() for claims in plan.values() for claim in claims):
+        every = "; ".join(claim.claim for claims in plan.values() for claim in claims)
+        raise ValueError(f"no claim of {', '.join(plan)} contains {only!r}; the claims are: {every}")
     directory = results.results_dir(directory)
     bench, outcome = Bench(quick, seed, status), Outcome()
     try:
         for name, claims in plan.items():
             done: list[dict[str, Any]] = []
             for number, claim in enumerate(claims, 1):
+                if only.lower() not in claim.claim.lower():
+                    continue
                 status(f"{name} {number}/{len(claims)}: {claim.claim}")
                 record, seconds = _measure(claim, bench)
                 outcome.records.append(record)

@@ -10,18 +10,19 @@ from pathlib import Path
 
 COLOURS = ("#2f5fd0", "#d9822b", "#c23b4b", "#2e8b6f", "#7a55c7", "#6b7280")
 INK, FAINT, GRID = "#1f2937", "#6b7280", "#e5e7eb"
-LEFT, TOP, BOTTOM, LABEL = 62, 66, 50, 13
+LEFT, TOP, BOTTOM, LABEL = 62, 88, 50, 13
 
 
 @dataclass(frozen=True)
 class Line:
     """points: (x, y) in any order; band: (x, low, high); dashed: for what is compared with; a single point of a dashed
-    line is a level across the chart."""
+    line is a level across the chart; colour: None for the next of the chart's."""
 
     name: str
     points: Sequence[tuple[float, float]]
     band: Sequence[tuple[float, float, float]] = ()
     dashed: bool = False
+    colour: str | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Chart:
     def svg(self) -> str:
         """The picture. Points that are not finite are left out."""
         lines = [_finite(line) for line in self.lines]
-        right = 24 + max((7 * len(line.name) for line in lines), default=0)
+        right = 24 + round(max((7.6 * len(line.name) for line in lines), default=0))
         x, y = self._axes(lines, right)
         parts = [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" '
@@ -64,9 +65,12 @@ class Chart:
         parts += self._grid(x, y, right)
         labels = []
         for number, line in enumerate(lines):
-            colour = self.colours[number % len(self.colours)]
+            colour = line.colour or self.colours[number % len(self.colours)]
             parts += self._line(line, colour, x, y, right)
-            if line.points:
+            if len(line.points) == 1 and not line.dashed:
+                at, value = line.points[0]
+                parts.append(_text(x.place(at) + 9, y.place(value) + 4, line.name, fill=colour, weight="600"))
+            elif line.points:
                 labels.append((y.place(max(line.points)[1]), line.name, colour))
         parts += [_text(self.width - right + 10, at + 4, name, fill=c, weight="600") for at, name, c in _apart(labels)]
         return "\n".join([*parts, "</svg>\n"])
@@ -89,12 +93,12 @@ class Chart:
             text = f"{100 * value:.6g} %" if self.percent else f"{value:.6g}"
             parts.append(f'<line x1="{LEFT}" x2="{end}" y1="{at:.1f}" y2="{at:.1f}" stroke="{GRID}"/>')
             parts.append(_text(LEFT - 8, at + 4, text, anchor="end"))
-        for value, text in self.ticks or [(v, f"{v:.6g}") for v in x.ticks()]:
+        for value, text in self.ticks or [(v, _short(v)) for v in x.ticks()]:
             at, foot = x.place(value), self.height - BOTTOM
             parts.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{foot}" y2="{foot + 4}" stroke="{FAINT}"/>')
             parts.append(_text(at, foot + 18, text, anchor="middle"))
         parts.append(_text((LEFT + end) / 2, self.height - 10, self.x, anchor="middle", fill=INK))
-        parts.append(_text(LEFT - 44, TOP - 4, self.y, fill=INK))
+        parts.append(_text(18, TOP - 18, self.y, fill=INK))
         return parts
 
     def _line(self, line: Line, colour: str, x: _Axis, y: _Axis, right: int) -> list[str]:
@@ -108,6 +112,11 @@ class Chart:
             edge = [(a, high) for a, _, high in band] + [(a, low) for a, low, _ in reversed(band)]
             corners = " ".join(f"{x.place(a):.1f},{y.place(b):.1f}" for a, b in edge)
             parts.append(f'<polygon points="{corners}" fill="{colour}" opacity="0.13"/>')
+        elif band:
+            at, low, high = x.place(band[0][0]), y.place(band[0][1]), y.place(band[0][2])
+            parts.append(
+                f'<path d="M{at:.1f},{low:.1f}V{high:.1f}" stroke="{colour}" stroke-width="1.5" opacity=".5"/>'
+            )
         path = " ".join(f"{x.place(a):.1f},{y.place(b):.1f}" for a, b in points)
         dash = ' stroke-dasharray="6 5"' if line.dashed else ""
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2.2"{dash}/>')
@@ -138,8 +147,10 @@ class _Axis:
 
     def ticks(self) -> list[float]:
         if self.log:
-            powers = range(math.ceil(math.log10(self.first) - 1e-9), math.floor(math.log10(self.last) + 1e-9) + 1)
-            return [10.0**p for p in powers] if len(powers) > 1 else [self.first, self.last]
+            first, last = math.floor(math.log10(self.first)), math.ceil(math.log10(self.last))
+            fine = [m * 10.0**p for p in range(first, last + 1) for m in (1, 2, 5)]
+            inside = [v for v in fine if self.first * (1 - 1e-9) <= v <= self.last * (1 + 1e-9)]
+            return inside if len(inside) <= 8 else [v for v in inside if f"{v:e}".startswith("1")]
         step = self.step()
         count = math.floor(self.last / step + 1e-9) - math.ceil(self.first / step - 1e-9)
         return [(math.ceil(self.first / step - 1e-9) + i) * step for i in range(count + 1)]
@@ -159,7 +170,15 @@ class _Axis:
 
 def _finite(line: Line) -> Line:
     points = [p for p in line.points if all(map(math.isfinite, p))]
-    return Line(line.name, points, [b for b in line.band if all(map(math.isfinite, b))], line.dashed)
+    return Line(line.name, points, [b for b in line.band if all(map(math.isfinite, b))], line.dashed, line.colour)
+
+
+def _short(value: float) -> str:
+    """3 G, 20 M, 0.05: large numbers with the prefix of their thousands."""
+    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.4g} {prefix}"
+    return f"{value:.4g}"
 
 
 def _text(x: float, y: float, text: str, anchor: str = "start", size: int = 12, **options: str) -> str:

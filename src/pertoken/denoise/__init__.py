@@ -30,7 +30,7 @@ def slots(names: Sequence[str]) -> dict[str, Card]:
 
 
 def make(name: str, *, filter: Any = None, tokenizer: Any = None, language: str | None = None, **options: Any) -> Any:
-    """The decoder of "RULE" or "RULE+RULE" by registered names, with defaults in the slots that are not named.
+    """The decoder of "RULE" or "RULE+RULE" by registered names; slots that are not named are as the rules want them.
 
     filter, tokenizer, language: for rules that take them; others ignore it. options: fields of `Denoise`, and fields of
     the rules that `Denoise` does not have. A method of this folder that is no rule is built as it is. Raises
@@ -50,7 +50,9 @@ def make(name: str, *, filter: Any = None, tokenizer: Any = None, language: str 
     if unknown := rules.keys() - taken:
         known = sorted((taken | _takes(Denoise)) - set(chosen))
         raise BadRequest(f"{min(unknown)} is no setting of {name}; there are {', '.join(known)}")
-    return Denoise(**{slot: _build(one, given | rules) for slot, one in chosen.items()}, **loop)
+    built = {slot: _build(one, given | rules) for slot, one in chosen.items()}
+    beside = {key: value for rule in built.values() for key, value in rule.beside.items()}
+    return Denoise(**(beside | built | loop))
 
 
 def is_rule(one: Card) -> bool:

@@ -69,7 +69,7 @@ class PatternStats:
     paper=Paper(
         "DiffTester: Accelerating Unit Test Generation for Diffusion LLMs via Repetitive Pattern", "2509.24975"
     ),
-    reads={"logits", "text"},
+    reads={"logits", "text", "noise"},
     writes={"commit"},
     needs={"diffusion", "tokenizer"},
     baselines=("schedule", "threshold", "random_commit"),

@@ -8,9 +8,9 @@ steps to go the outputs are divided by t_min + (t_max - t_min) n / N before anyt
 
 What a rule commits is final, as with other models (and as in diffusers' BlockRefinementScheduler). With
 `Denoise(revise=True)` the loop does as transformers' own sampler does: what the rule picks holds until the next step
-only, where everything is decided anew; the block is done when its argmax has not changed for `stability_threshold` steps
-and its mean entropy is below `confidence_threshold` nats, or after `max_denoising_steps`, and what is committed is that
-argmax. `EntropyBound(gamma)` is then its sampler with entropy_bound = gamma.
+only, where everything is decided anew; the block is done when its argmax has not changed for `stability_threshold`
+steps and its mean entropy is below `confidence_threshold` nats, or after `max_denoising_steps`, and what is committed
+is that argmax. `EntropyBound(gamma)` is then its sampler with entropy_bound = gamma.
 
 What differs from its `generate`: rows go on to their next block at their own pace; positions do not count padding;
 noise is a function of seed, block, step and place, so that a greedy row does not depend on its batch; the request's
@@ -105,7 +105,9 @@ class Site:
                 f"block={about.canvas_length} and a multiple of it as max_new_tokens"
             )
         if rules.canvas is not None and rules.canvas.reads_all:
-            raise BadRequest(f"{type(rules.canvas).__name__} reads outputs of all blocks; {name} computes one at a time")
+            raise BadRequest(
+                f"{type(rules.canvas).__name__} reads outputs of all blocks; {name} computes one at a time"
+            )
         if rules.revise and rules.constraint is not None:
             raise BadRequest("a constraint needs tokens that stay; leave out revise=True")
         if rules.shift or rules.mask_token is not None:

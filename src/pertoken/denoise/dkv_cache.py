@@ -20,6 +20,7 @@ on canvases much longer than the text, where the undecided positions of later bl
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -46,6 +47,7 @@ class DKVCache(RefreshRule):
     """Keep decided tokens one step late; renew all every `interval` steps of a block (1: no cache)."""
 
     interval: int = 8
+    full: ClassVar[dict[str, Any]] = {"interval": 1}
 
     def __post_init__(self) -> None:
         if self.interval < 1:
@@ -72,6 +74,7 @@ class DKVCacheGreedy(RefreshRule):
 
     interval: int = 2
     window: int = 4
+    full: ClassVar[dict[str, Any]] = {"interval": 1}
 
     def __post_init__(self) -> None:
         if self.interval < 1:

@@ -7,6 +7,7 @@ positions, decided or not, and write their keys and values over the old ones.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -31,6 +32,8 @@ from pertoken.denoise.rules import RefreshRule
 @dataclass(frozen=True)
 class DualCache(RefreshRule):
     """Compute only the block for as long as it lasts."""
+
+    full: ClassVar[dict[str, Any]] = {"block": 1}
 
     def plan(self, canvas: Canvas, upcoming: Tensor | None) -> Tensor:
         return (canvas.block_step == 0)[:, None] | canvas.in_block

@@ -74,6 +74,7 @@ class ElasticCache(RefreshRule):
     axis: Axis = "heads"
     far: bool = True
     group: int | None = None
+    full: ClassVar[dict[str, Any]] = {"gamma": torch.inf}
     beside: ClassVar[dict[str, Any]] = {"commit": Threshold(0.9), "canvas": EndOfText()}
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from pertoken.core.card import Paper, method
 from pertoken.core.errors import BadRequest
 from pertoken.denoise.canvas import Canvas
 from pertoken.denoise.rules import CanvasRule
@@ -16,6 +17,16 @@ if TYPE_CHECKING:
     from pertoken.denoise.settings import Settings
 
 
+@method(
+    question="denoise",
+    shape="decoder",
+    exactness="approximate",
+    paper=Paper("Learning to Parallel: Accelerating Diffusion LLMs via Learnable Parallel Decoding", "2509.25188"),
+    name="end_of_text",
+    writes={"canvas"},
+    needs={"diffusion"},
+    baseline=True,
+)
 @dataclass(frozen=True)
 class EndOfText(CanvasRule):
     """Learn2PD's end-of-text prediction (EoTP): cut a row behind its end of text, so that padding costs nothing.
@@ -47,6 +58,18 @@ class EndOfText(CanvasRule):
         return cut.clamp(max=canvas.width)
 
 
+@method(
+    question="denoise",
+    shape="decoder",
+    exactness="approximate",
+    paper=Paper(
+        "DiffTester: Accelerating Unit Test Generation for Diffusion LLMs via Repetitive Pattern", "2509.24975"
+    ),
+    name="padding_fill",
+    writes={"canvas"},
+    needs={"diffusion"},
+    baseline=True,
+)
 @dataclass(frozen=True)
 class PaddingFill(CanvasRule):
     """DiffTester's padding fill: what is undecided behind a row's first decided end of text is decided as padding.

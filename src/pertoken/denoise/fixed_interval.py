@@ -39,6 +39,7 @@ class FixedInterval(RefreshRule):
 
     interval: float = 20
     window: int | None = 16
+    full: ClassVar[dict[str, Any]] = {"interval": 1}
     beside: ClassVar[dict[str, Any]] = {"commit": Threshold(0.9), "canvas": EndOfText()}
 
     def __post_init__(self) -> None:

@@ -22,6 +22,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from pertoken.core.decision import Keep
 from pertoken.core.errors import BadRequest
 from pertoken.core.trace import Player, Trace, TraceMismatch
+from pertoken.denoise import COMMIT, REFRESH
 from pertoken.denoise.canvas import Canvas
 from pertoken.denoise.canvas_model import CanvasModel
 from pertoken.denoise.diffusion_gemma import DiffusionGemma, Site
@@ -30,8 +31,6 @@ from pertoken.denoise.recompute import Recompute
 from pertoken.denoise.rules import CanvasRule, CommitRule, Constraint, Guess, RefreshRule
 from pertoken.denoise.schedule import Schedule
 from pertoken.denoise.settings import Settings
-
-COMMIT, REFRESH = "denoise.commit", "denoise.refresh"
 
 
 class DenoisingInterrupted(KeyboardInterrupt):

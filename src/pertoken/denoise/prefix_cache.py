@@ -7,6 +7,7 @@ and what follows it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -31,6 +32,8 @@ from pertoken.denoise.rules import RefreshRule
 @dataclass(frozen=True)
 class PrefixCache(RefreshRule):
     """Keep what lies before the block for as long as the block lasts."""
+
+    full: ClassVar[dict[str, Any]] = {"block": 1}
 
     def plan(self, canvas: Canvas, upcoming: Tensor | None) -> Tensor:
         first = canvas.start + canvas.block * canvas.size

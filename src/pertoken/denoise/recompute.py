@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -24,6 +25,8 @@ from pertoken.denoise.rules import RefreshRule
 @dataclass(frozen=True)
 class Recompute(RefreshRule):
     """Compute every position at every step."""
+
+    full: ClassVar[dict[str, Any]] = {}
 
     def plan(self, canvas: Canvas, upcoming: Tensor | None) -> Tensor:
         return canvas.valid

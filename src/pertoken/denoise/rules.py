@@ -125,9 +125,13 @@ class Ranked(CommitRule):
 
 
 class RefreshRule(Rule):
-    """Which positions are computed in the next forward."""
+    """Which positions are computed in the next forward.
+
+    full: settings of the rule, or of the loop, under which it keeps nothing: it then is no cache, bit for bit.
+    """
 
     slot = "refresh"
+    full: ClassVar[Mapping[str, Any]]
 
     @property
     def sliding(self) -> int | None:

@@ -12,7 +12,7 @@ MISSING = "-"
 
 @dataclass(frozen=True)
 class Cells:
-    """One run as text, in the order of `HEADS`. same: whether its output is plain generation's, None if unknown."""
+    """One run as text, in the order of `HEADS`. same: whether its output is the reference's, None if unknown."""
 
     values: tuple[str, ...]
     same: bool | None
@@ -31,9 +31,16 @@ def cells(run: Mapping[str, Any]) -> Cells:
         _fixed(per_step, 2),
         _fixed(run.get("flops"), 2, scale=1e9),
         _fixed(run.get("peak_bytes"), 0, scale=1e6),
-        MISSING if same is None else "yes" if same else "no",
+        _likeness(same, run.get("agreement")),
     )
     return Cells(values, same)
+
+
+def _likeness(same: bool | None, agreement: float | None) -> str:
+    """Whether outputs are equal, and if not, the share of positions that are."""
+    if same or same is None:
+        return MISSING if same is None else "yes"
+    return "no" if agreement is None else f"no, {100 * agreement:.0f} %"
 
 
 def label(run: Mapping[str, Any]) -> str:

@@ -173,8 +173,7 @@ def _canvases(found: Sequence[Fill]) -> RenderableType:
         parts.append(_canvas(fill))
     if len(found) > FILL_ROWS:
         parts.append(Text(f"and {len(found) - FILL_ROWS} more rows", "dim"))
-    key = [("░", "computed while undecided"), ("▒", "computed after its commit"), (" ", "not computed")]
-    return Group(*parts, Text("   ").join([Text("█ committed"), *(Text(f"{sign} {what}") for sign, what in key)]))
+    return Group(*parts, Text("█ committed   ░ computed while undecided   ▒ computed after its commit", "dim"))
 
 
 def _canvas(fill: Fill) -> Text:
@@ -182,10 +181,10 @@ def _canvas(fill: Fill) -> Text:
     picture = grid(fill, FILL_COLUMNS, FILL_LINES)
     width, gap = round(picture.width), round(picture.start)
     cells = [[(" ", "")] * width for _ in picture.lines]
-    for box in picture.boxes:
-        for line in cells[box.y : box.y + box.height]:
-            x = round(box.x)
-            line[x : x + box.width] = [(WORKED.get(box.kind, "░"), "dim")] * box.width
+    for work in picture.boxes:
+        x = round(work.x)
+        for line in cells[work.y : work.y + work.height]:
+            line[x : x + work.width] = [(WORKED.get(work.kind, "░"), "dim")] * work.width
     for line, own in zip(cells, picture.lines, strict=True):
         for mark in own.marks:
             line[round(mark.x)] = ("█", _shade(mark.tone))

@@ -11,12 +11,13 @@ def model_path(name: str) -> Path:
     """Directory of a zoo model in Hugging Face format, ready for `from_pretrained`."""
     path = WEIGHTS / name
     if not (path / "config.json").exists():
-        from pertoken.zoo.recipe import RECIPES
+        from pertoken.zoo.recipe import FILTERS, RECIPES
 
-        if name in RECIPES:
+        if name in RECIPES or name in FILTERS:
+            where = f"runs/{name}/model" if name in RECIPES else f"runs/{name}"
             raise ValueError(
                 f"zoo model {name!r} has no weights here; train it with `pertoken zoo train {name} --out runs` and "
-                f"give the directory runs/{name}/model instead of zoo:{name}"
+                f"give the directory {where} instead of zoo:{name}"
             )
         known = sorted(p.parent.name for p in WEIGHTS.glob("*/config.json"))
         raise ValueError(f"zoo model {name!r} is unknown; choose one of {', '.join(known) or '(none installed)'}")

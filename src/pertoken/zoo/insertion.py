@@ -39,7 +39,7 @@ from pertoken.zoo.rows import Rows
 
 WHOLE = 0.3  # share of text rows that are open from end to end; the others have one to three open spans
 SPANS = (1.0, 0.35, 0.35)  # chance of each of them
-MULTIPLE = 32  # rows are padded to a multiple of this, so that few shapes are compiled
+MULTIPLE = 64  # rows are padded to a multiple of this, so that few shapes are compiled
 LEVELS = (0.1, 0.5, 0.9)  # shares of missing tokens at which held-out text is judged
 
 
@@ -66,7 +66,7 @@ class Shortened:
 
 
 def marked(ids: Tensor, valid: Tensor, open_: Tensor, marker: int) -> tuple[Tensor, Tensor, Tensor]:
-    """ids, valid and open with a gap marker, itself open, before each run of open tokens, `[row, token + most runs]`."""
+    """ids, valid and open with a gap marker, itself open, before each run of open tokens."""
     first = open_ & ~F.pad(open_, (1, -1))
     shift = first.long().cumsum(-1)
     width = ids.shape[1] + int(shift[:, -1].max())
@@ -185,7 +185,7 @@ class Insertion(Objective):
     @torch.inference_mode()
     def evaluate(self, batches: int = 6) -> dict[str, float]:
         """heldout: mean over levels of the cross-entropy in nats per insertion; excess: the same above the target's own
-        entropy; stop: cross-entropy of the stop head; right_LEVEL: share of rows whose most likely insertion is right."""
+        entropy; stop: cross-entropy of the stop head; right_LEVEL: share of rows whose likeliest insertion is right."""
         generator = torch.Generator().manual_seed(1)
         windows = corpus.windows(self.data.heldout, self.recipe.length - 1, 0, 1)[: 16 * batches]
         rows = torch.from_numpy(np.concatenate([np.ones((len(windows), 1), np.int64), windows.astype(np.int64)], 1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from transformers import LlamaConfig
 
@@ -47,7 +47,8 @@ class Recipe:
     add `unlikelihood_scale` times sequence-level unlikelihood, at rates that fall from `unlikelihood_lr` times the
     peak; the weights exported are those before that stage plus `extrapolate` times the way from there to the mean of
     the weights saved in its second half. `start` names the zoo model whose weights the run begins with (its first
-    layers, where this one has fewer). `objective` is a name of `zoo.train.OBJECTIVES`.
+    layers, where this one has fewer). `objective` is a name of `zoo.train.OBJECTIVES`. Of the rows of
+    `zoo.rows` the share `answers` are prompts with answers, and of these the share `tests` functions with unit tests.
     """
 
     shape: Shape
@@ -64,6 +65,8 @@ class Recipe:
     teacher: str | None = None
     start: str | None = None
     objective: str = "next_token"
+    answers: float = 0.4
+    tests: float = 0.3
     distil: float = 0.0
     unlikelihood_steps: int = 0
     unlikelihood_scale: float = 8.0
@@ -74,12 +77,31 @@ class Recipe:
     save_every: int = 100
 
 
-def _twin(objective: str, batch: int = 10, length: int = 384) -> Recipe:
-    """Models of equal size, start and data that differ in what they learn to predict."""
+SMALL = Shape(layers=5, width=256, heads=4, kv_heads=2, ffn=704, vocab=4097)
+
+
+def _base(objective: str) -> Recipe:
+    """First stage of the models of equal size, start and data that differ in what they learn to predict: long rows."""
     return Recipe(
-        Shape(layers=5, width=256, heads=4, kv_heads=2, ffn=704, vocab=4097),
+        SMALL,
         start="code-target",
         objective=objective,
+        steps=1200,
+        batch=10,
+        length=384,
+        lr=4e-3,
+        embedding_lr=2e-3,
+    )
+
+
+def _answering(objective: str, start: str, batch: int = 20, length: int = 192) -> Recipe:
+    """Their second stage: short rows, most of them prompts with answers."""
+    return Recipe(
+        SMALL,
+        start=start,
+        objective=objective,
+        answers=0.7,
+        tests=0.6,
         steps=1200,
         batch=batch,
         length=length,
@@ -100,7 +122,7 @@ class FilterRecipe:
     length: int = 128
     batch: int = 16
     batches: int = 10
-    longest_prompt: int = 96
+    longest_prompt: int = 64
     layers: tuple[int, ...] = (2, 1)
     steps: int = 10_000
     lr: float = 3e-3
@@ -126,9 +148,13 @@ class Zoo:
                 teacher="code-target",
                 distil=0.9,
             ),
-            "code-diffusion": _twin("masked"),
-            "code-twin": _twin("answering"),
-            "code-insertion": _twin("insertion", batch=26, length=188),
+            "code-diffusion-base": _base("masked"),
+            "code-diffusion": _answering("masked", "code-diffusion-base"),
+            "code-twin-base": _base("answering"),
+            "code-twin": _answering("answering", "code-twin-base"),
+            "code-insertion": replace(
+                _answering("insertion", "code-target", batch=26, length=188), answers=0.4, tests=0.3, steps=2000
+            ),
         }
     )
 

@@ -10,26 +10,23 @@ from pertoken.zoo.functions import functions
 from pertoken.zoo.recipe import Recipe
 from pertoken.zoo.unit_tests import unit_tests
 
-ANSWERS = 0.4  # share of the rows that are prompts with answers
-TESTS = 0.3  # share of these that are functions with unit tests
-
 
 class Rows:
     """Rows `[row, 1 + length]`: how many leading tokens are given, and the tokens, the first of them the end of text.
 
-    Most are windows of the corpus; the others are functions with their bodies and functions with unit tests, filled up
-    with the end of text; of these the prompt is given in every other row. heldout: the held-out stream of tokens.
+    They are windows of the corpus, functions with their bodies and functions with unit tests, in the recipe's shares.
+    Answers are filled up with the end of text; their prompt is given in every other row. heldout: the held-out stream.
     """
 
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer):
-        self.length, self.seed, self.tokenizer = recipe.length, recipe.seed, tokenizer
+        self.recipe, self.length, self.seed, self.tokenizer = recipe, recipe.length, recipe.seed, tokenizer
         texts = {split: list(corpus.split_texts(split).values()) for split in ("train", "heldout")}
         self.stream = corpus.token_stream(tokenizer, texts["train"])
         self.heldout = corpus.token_stream(tokenizer, texts["heldout"])
         self.end = tokenizer.token_to_id(corpus.END_OF_TEXT)
         self.answers = self.encoded(functions(texts["train"]))
         self.windows = (len(self.stream) - 2 * self.length) // self.length
-        self.count = int(self.windows / (1 - ANSWERS))
+        self.count = int(self.windows / (1 - recipe.answers))
 
     def encoded(self, pairs: list[tuple[str, str]]) -> np.ndarray:
         """Rows of prompts with their answers, those that fit."""
@@ -48,7 +45,7 @@ class Rows:
         text = corpus.windows(self.stream, self.length - 1, epoch, self.seed)[: self.windows]
         text = np.concatenate([np.ones((len(text), 1), np.uint16), text], 1)
         wanted = max(self.count - len(text), 1)
-        tests = self.encoded(unit_tests(int(TESTS * wanted), seed=self.seed + epoch))
+        tests = self.encoded(unit_tests(int(self.recipe.tests * wanted), seed=self.seed + epoch))
         left = wanted - len(tests)
         chosen = rng.permutation(np.arange(left) % max(len(self.answers), 1))
         answers = np.concatenate([self.answers[chosen] if len(self.answers) else self.answers, tests])

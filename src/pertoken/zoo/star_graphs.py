@@ -10,6 +10,7 @@ A row is `[CLS, u v of every edge in random order, start, goal, gap marker, u v 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -190,8 +191,8 @@ def autoregressive(model: Any, forward: Any, graphs: Graphs, generator: torch.Ge
 LOSSES = {"insertion": insertion, "masked": masked, "autoregressive": autoregressive}
 
 
-def train(recipe: StarRecipe, progress: Callable[[int, float], None] | None = None, every: int = 100) -> Any:
-    """A model trained by the recipe, in evaluation mode."""
+def train(recipe: StarRecipe, progress: Callable[[int, float], None] | None = None) -> Any:
+    """A model trained by the recipe, in evaluation mode. progress: told the step and the mean loss at times."""
     torch.manual_seed(recipe.seed)
     model: Any = LlamaForCausalLM(recipe.config())
     forward: Any = model.model if recipe.kind == "autoregressive" else Bidirectional(model)
@@ -216,6 +217,25 @@ def train(recipe: StarRecipe, progress: Callable[[int, float], None] | None = No
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             mean = float(loss.detach()) if step == 0 else 0.98 * mean + 0.02 * float(loss.detach())
-            if progress is not None and (step + 1) % every == 0:
+            if progress is not None and (step == 0 or (step + 1) % 100 == 0):
                 progress(step + 1, mean)
+    return model.eval()
+
+
+def cache_directory() -> Path:
+    """Where models made on demand are kept: `$XDG_CACHE_HOME/pertoken`, or `~/.cache/pertoken`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pertoken"
+
+
+def trained(
+    recipe: StarRecipe, directory: Path | None = None, progress: Callable[[int, float], None] | None = None
+) -> Any:
+    """The model of a recipe from `directory` (default: the user's cache), trained and put there if it is not."""
+    about = json.dumps(asdict(recipe), sort_keys=True)
+    mark = hashlib.sha256(about.encode()).hexdigest()[:12]
+    path = (directory or cache_directory()) / f"star-{recipe.kind}-{mark}"
+    if not (path / "recipe.json").exists():
+        train(recipe, progress).save_pretrained(path)
+        (path / "recipe.json").write_text(about)
+    model: Any = LlamaForCausalLM.from_pretrained(path, local_files_only=True)
     return model.eval()

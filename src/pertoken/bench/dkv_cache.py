@@ -1,0 +1,394 @@
+"""Claims of dKV-Cache: exact when it always renews, why it waits one step, what it saves, and when it is faster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pertoken.bench import diffusion, suite
+from pertoken.bench.claims import Bench, Measurement, claim
+from pertoken.bench.diffusion import BLOCK, Point, Task
+from pertoken.denoise.canvas import Canvas
+from pertoken.denoise.dkv_cache import DKVCache, DKVCacheGreedy
+from pertoken.denoise.loop import Denoise
+from pertoken.denoise.model import DiffusionModel
+from pertoken.denoise.random_commit import RandomCommit
+from pertoken.denoise.rules import RefreshRule
+from pertoken.denoise.watch import Watch
+
+NEVER = 10**6
+INTERVALS = (2, 4, 8, 16, NEVER)
+
+
+def functions(bench: Bench) -> Task:
+    return diffusion.functions(bench, 64 if bench.quick else 128, 32, 4)
+
+
+def tests(bench: Bench) -> Task:
+    return diffusion.unit_tests(bench, 64, 6)
+
+
+def cached(interval: int) -> Denoise:
+    return Denoise(refresh=DKVCache(interval), block=BLOCK)
+
+
+def greedy(bench: Bench, interval: int = 2) -> Denoise:
+    return Denoise(RandomCommit(bench.seed), DKVCacheGreedy(interval), block=BLOCK)
+
+
+def label(interval: int) -> str:
+    return "only at the start of a block" if interval == NEVER else f"every {interval} steps"
+
+
+@claim(
+    "dkv_cache",
+    claim="Renewed at every step it is no cache at all, bit for bit, and so is the greedy variant",
+    metric="share of rows with identical ids",
+    expected="== 1",
+    compare="value",
+)
+def renewed_always_is_exact(bench: Bench) -> Measurement:
+    task = diffusion.functions(bench, 64, 16, 4)
+    order = RandomCommit(bench.seed)
+    sides = {
+        "decode": (Denoise(refresh=DKVCache(1)), Denoise()),
+        "greedy": (Denoise(order, DKVCacheGreedy(1)), Denoise(order)),
+    }
+    found = {}
+    for name, (ours, plain) in sides.items():
+        ids, wanted = (diffusion.decode(bench, task, one).ids for one in (ours, plain))
+        found[name] = diffusion.agreement(ids, wanted).rows
+    return Measurement(mean(found.values()), "recompute", 1.0, 2 * len(task.prompts), found)
+
+
+@dataclass(frozen=True)
+class NoDelay(RefreshRule):
+    """Keep a token's keys and values from the forward at which it was still undecided: dKV-Cache without its delay."""
+
+    interval: int = 8
+
+    def plan(self, canvas: Canvas, upcoming: Tensor | None) -> Tensor:
+        step = canvas.block_step[:, None]
+        return (step == 0) | (step % self.interval == 0) | canvas.masked
+
+
+def delays(bench: Bench) -> dict[int, tuple[Point, Point]]:
+    """For each interval the points with and without the delay."""
+    task, intervals = functions(bench), (4, NEVER) if bench.quick else INTERVALS
+    found = {}
+    for n in intervals:
+        both = {f"delayed, {label(n)}": cached(n), f"at once, {label(n)}": Denoise(refresh=NoDelay(n), block=BLOCK)}
+        found[n] = tuple(diffusion.points(bench, task, both))
+    return found
+
+
+@claim(
+    "dkv_cache",
+    claim="Keeping keys and values one step late agrees better with no cache than keeping them at once (every 8 steps "
+    "renewed)",
+    metric="agreement with the uncached output",
+    expected="> 1",
+    shown=True,
+)
+def delay_helps(bench: Bench) -> Measurement:
+    found = delays(bench)
+    late, at_once = found[4 if bench.quick else 8]
+    detail = {"label, forwards, positions, agreement, identical": [p.plain for both in found.values() for p in both]}
+    return Measurement(late.agreement, "no delay", at_once.agreement, len(functions(bench).prompts), detail)
+
+
+@claim(
+    "dkv_cache",
+    claim="What the delay gains grows with the interval between renewals",
+    metric="agreement gained by the delay: renewed at block starts only, against every 4 steps",
+    expected="> 1",
+)
+def delay_gains_more(bench: Bench) -> Measurement:
+    gains = {n: late.agreement - at_once.agreement for n, (late, at_once) in delays(bench).items()}
+    detail = {"gain": {label(n): gain for n, gain in gains.items()}}
+    return Measurement(gains[NEVER], "every 4 steps", gains[4], len(functions(bench).prompts), detail)
+
+
+@dataclass(frozen=True)
+class Changes(RefreshRule):
+    """Recompute, and note how far every position's keys and values move from forward to forward.
+
+    moved: after a call, `[position]` |K_t - K_(t-1)| / |K_(t-1)| over all layers, keys and values together, and
+    whether the position was decided at step t - 1, so that this forward is the first to read its token.
+    """
+
+    moved: list[tuple[Tensor, Tensor]] = field(default_factory=list, compare=False)
+
+    def plan(self, canvas: Canvas, upcoming: Tensor | None) -> Tensor:
+        return canvas.valid
+
+    def watch(self) -> Watch:
+        return _Mover(self.moved)
+
+
+class _Mover(Watch):
+    """Sees a forward that computes everything, and compares the cache with the last one."""
+
+    def __init__(self, moved: list[tuple[Tensor, Tensor]]):
+        self.moved, self.last = moved, None
+
+    def wanted(self, canvas: Canvas) -> Tensor:
+        return canvas.valid
+
+    def group(self, model: DiffusionModel, canvas: Canvas) -> int:
+        return model.depth
+
+    def before(self, model: DiffusionModel, canvas: Canvas, first: int, last: int) -> None:
+        """Nothing is needed of what is overwritten: `finish` keeps a copy."""
+
+    def after(self, model: DiffusionModel, canvas: Canvas, first: int, last: int) -> Tensor:
+        return torch.full((canvas.rows,), model.depth, device=canvas.ids.device)
+
+    def finish(self, model: DiffusionModel, canvas: Canvas) -> None:
+        now = model.cache.buffer[:, :, :, :, : canvas.width].float().clone()
+        if self.last is not None:
+            over = (0, 1, 3, 5)
+            moved = (now - self.last).square().sum(over).sqrt() / self.last.square().sum(over).sqrt().clamp(min=1e-9)
+            seen = canvas.valid & (canvas.columns >= canvas.start)
+            self.moved.append((moved[seen], (canvas.decided_at == canvas.step[:, None] - 1)[seen]))
+        self.last = now
+
+    def select(self, rows: Tensor) -> None:
+        if self.last is not None:
+            self.last = self.last[:, :, rows]
+
+
+@claim(
+    "dkv_cache",
+    claim="Keys and values of a position change most when it is decided",
+    metric="relative change from one forward to the next (mean)",
+    expected="> 2",
+)
+def change_is_largest_at_decision(bench: Bench) -> Measurement:
+    task, rule = diffusion.functions(bench, 64, 16, 4), Changes()
+    diffusion.decode(bench, task, Denoise(refresh=rule, block=BLOCK))
+    moved, decided = (torch.cat(parts) for parts in zip(*rule.moved, strict=True))
+    at, else_ = moved[decided], moved[~decided]
+    detail = {"medians": [float(at.median()), float(else_.median())], "changes": [len(at), len(else_)]}
+    return Measurement(float(at.mean()), "at other steps", float(else_.mean()), len(task.prompts), detail)
+
+
+def by_interval(bench: Bench, task: Task) -> dict[int, Point]:
+    intervals = (4, NEVER) if bench.quick else INTERVALS
+    found = diffusion.points(bench, task, {label(n): cached(n) for n in intervals})
+    return dict(zip(intervals, found, strict=True))
+
+
+@claim(
+    "dkv_cache",
+    claim="Agreement with the uncached output falls as renewals become rarer",
+    metric="share of neighbouring intervals in this order (2, 4, 8, 16 steps, block starts only)",
+    expected="== 1",
+    compare="value",
+)
+def agreement_falls(bench: Bench) -> Measurement:
+    found = list(by_interval(bench, functions(bench)).values())
+    ordered = [a.agreement >= b.agreement for a, b in pairwise(found)]
+    detail = {"label, forwards, positions, agreement, identical": [p.plain for p in found]}
+    return Measurement(mean(ordered), "order", 1.0, len(functions(bench).prompts), detail)
+
+
+@claim(
+    "dkv_cache",
+    claim="Renewed every 4 steps, as many unit tests are true as without a cache",
+    metric="share of true lines of Python unit tests",
+    expected=">= 0.98",
+    shown=True,
+)
+def quality_is_kept(bench: Bench) -> Measurement:
+    task = tests(bench)
+    plain = diffusion.reference(bench, task).quality
+    found = {n: diffusion.decode(bench, task, cached(n)).quality for n in by_interval(bench, task)}
+    detail = {
+        "share of true lines, of answers all true": {
+            label(n): [round(q.lines, 4), round(q.tests, 4)] for n, q in found.items()
+        },
+        "uncached": [round(plain.lines, 4), round(plain.tests, 4)],
+    }
+    return Measurement(found[4].lines, "recompute", plain.lines, len(task.prompts), detail)
+
+
+@claim(
+    "dkv_cache",
+    claim="For as many computed positions it agrees better than fewer steps without a cache",
+    metric="agreement with one commit per step at equal positions computed (mean over intervals)",
+    expected="> 1",
+    shown=True,
+)
+def beats_few_steps(bench: Bench) -> Measurement:
+    task = functions(bench)
+    mine = list(by_interval(bench, task).values())
+    fewer = {f"{k} per step": Denoise(steps=task.length // k, block=BLOCK) for k in (2, 4)}
+    theirs = [*diffusion.points(bench, task, fewer), diffusion.exact(bench, task)]
+    base = [diffusion.agreement_at(theirs, p.forwards, "forwards") for p in mine]
+    detail = {
+        "interval: agreement, with fewer steps": {p.label: [p.agreement, b] for p, b in zip(mine, base, strict=True)},
+        "fewer steps": [p.plain for p in theirs],
+    }
+    count = len(task.prompts)
+    return Measurement(mean(p.agreement for p in mine), "fewer steps", mean(base), count, detail)
+
+
+@dataclass(frozen=True)
+class RandomRefresh(RefreshRule):
+    """The control: as many positions as dKV-Cache computes, the same renewals, but drawn at random."""
+
+    interval: int = 8
+    seed: int = 0
+
+    def plan(self, canvas: Canvas, upcoming: Tensor | None) -> Tensor:
+        wanted = DKVCache(self.interval).plan(canvas, upcoming) & canvas.valid
+        generator = torch.Generator().manual_seed(self.seed + int(canvas.step.max()))
+        drawn = torch.rand(canvas.width, generator=generator).to(canvas.ids.device).expand(canvas.rows, -1)
+        ranked = drawn.masked_fill(~canvas.valid, -1.0).argsort(-1, descending=True).argsort(-1)
+        return ranked < wanted.sum(-1, keepdim=True)
+
+
+@claim(
+    "dkv_cache",
+    claim="It agrees better with the uncached output than computing as many positions at random",
+    metric="agreement with the uncached output (every 8 steps renewed)",
+    expected="> 1",
+)
+def beats_random_refresh(bench: Bench) -> Measurement:
+    task, n = functions(bench), 4 if bench.quick else 8
+    both = {"dkv_cache": cached(n), "random": Denoise(refresh=RandomRefresh(n, bench.seed), block=BLOCK)}
+    mine, control = diffusion.points(bench, task, both)
+    detail = {"label, forwards, positions, agreement, identical": [mine.plain, control.plain]}
+    return Measurement(mine.agreement, "random positions", control.agreement, len(task.prompts), detail)
+
+
+@claim(
+    "dkv_cache_greedy",
+    claim="It agrees better with its own random order uncached than fewer steps do, for as many computed positions",
+    metric="agreement with one commit per step in the same random order, at equal positions computed",
+    expected="> 1",
+)
+def greedy_beats_few_steps(bench: Bench) -> Measurement:
+    task, order = functions(bench), RandomCommit(bench.seed)
+    wanted = diffusion.decode(bench, task, Denoise(order, block=BLOCK))
+
+    def point(name: str, decoder: Denoise) -> Point:
+        out = diffusion.decode(bench, task, decoder)
+        alike = diffusion.agreement(out.ids, wanted.ids)
+        return Point(name, out.steps, out.forwards, alike.positions, alike.rows)
+
+    mine = point("greedy", greedy(bench))
+    theirs = [point(f"{k} per step", Denoise(order, steps=task.length // k, block=BLOCK)) for k in (2, 4)]
+    theirs.append(Point("one per step", wanted.steps, wanted.forwards, 1.0, 1.0))
+    base = diffusion.agreement_at(theirs, mine.forwards, "forwards")
+    detail = {"greedy": mine.plain, "fewer steps": [p.plain for p in theirs]}
+    return Measurement(mine.agreement, "fewer steps", base, len(task.prompts), detail)
+
+
+@claim(
+    "dkv_cache_greedy",
+    claim="Between renewals, the positions that it computes per step do not grow with the canvas",
+    metric="positions per step and row on a canvas of 256 against 64",
+    expected="<= 1.1",
+)
+def greedy_is_constant(bench: Bench) -> Measurement:
+    task, found = diffusion.functions(bench, 64, 8, 2), {}
+    prompt = diffusion.loaded(bench).batch(task.prompts)["attention_mask"].sum(-1).float().mean()
+    for length in (64, 256):
+        out = diffusion.decode(bench, task.on(length), greedy(bench, NEVER), eos_token_id=None)
+        blocks = length // BLOCK
+        found[length] = (out.forwards - blocks * (float(prompt) + length)) / (out.steps - blocks)
+    return Measurement(found[256], "canvas of 64", found[64], len(task.prompts), {"positions per step": found})
+
+
+def sides(bench: Bench, length: int, dtypes: tuple[str, ...]) -> dict[str, list[suite.Side]]:
+    """Uncached, Decode and Greedy at their paces; Greedy and its own uncached twin go in random order."""
+    order = RandomCommit(bench.seed)
+    contenders = {
+        "uncached": {"uncached": Denoise(block=BLOCK)},
+        "decode": {f"interval {n}": cached(n) for n in ((8,) if bench.quick else (8, 16, NEVER))},
+        "random order uncached": {"random order": Denoise(order, block=BLOCK)},
+        "greedy": {
+            f"interval {n}": Denoise(order, DKVCacheGreedy(n), block=BLOCK)
+            for n in ((2,) if bench.quick else (2, 4, 8))
+        },
+    }
+    return {
+        group: [
+            diffusion.side(diffusion.loaded(bench, dtype), f"{name} {dtype}", decoder, length, eos_token_id=None)
+            for name, decoder in decoders.items()
+            for dtype in dtypes
+        ]
+        for group, decoders in contenders.items()
+    }
+
+
+def speeds(bench: Bench, length: int) -> dict[str, dict[str, Any]]:
+    """Tokens per second at batch 1 on a canvas of `length`, each side at its fastest dtype and interval."""
+
+    def run() -> dict[str, dict[str, Any]]:
+        task = diffusion.excerpts(bench, length, 10, 3)
+        inputs = [diffusion.loaded(bench).batch([prompt]) for prompt in task.prompts]
+        trial = 1 if bench.quick else 2
+        return suite.race(sides(bench, length, ("fp32",) if bench.quick else ("fp32", "bf16")), inputs, trial)
+
+    return bench.shared(("dkv_cache speeds", length), run)
+
+
+def raced(bench: Bench, group: str, base: str, decoder: Callable[[int], Denoise], plain: Denoise) -> Measurement:
+    """Speed of a group over its uncached twin, and the agreement of its fastest setting with that."""
+    length = 128 if bench.quick else 256
+    results = speeds(bench, length)
+    setting = results[group]["setting"].split()
+    task, options = diffusion.excerpts(bench, length, 16, 2), {"dtype": setting[-1], "eos_token_id": None}
+    outs = [diffusion.decode(bench, task, one, **options).ids for one in (decoder(int(setting[1])), plain)]
+    found = suite.ratio_of(results, group, base)
+    stated = {"canvas": length, "agreement at this setting": diffusion.agreement(*outs, end=None).positions}
+    return replace(found, detail=found.detail | stated)
+
+
+@claim(
+    "dkv_cache",
+    claim="Behind a prompt of 128 tokens, on a canvas of 256, it is at least twice as fast as no cache (batch 1, each "
+    "at its fastest setting)",
+    metric="tokens per second",
+    expected=">= 2",
+    shown=True,
+)
+def twice_as_fast(bench: Bench) -> Measurement:
+    return raced(bench, "decode", "uncached", cached, Denoise(block=BLOCK))
+
+
+@claim(
+    "dkv_cache_greedy",
+    claim="Behind a prompt of 128 tokens, on a canvas of 256, it is at least twice as fast as the same random order "
+    "uncached (batch 1, each at its fastest setting)",
+    metric="tokens per second",
+    expected=">= 2",
+    shown=True,
+)
+def greedy_twice_as_fast(bench: Bench) -> Measurement:
+    plain = Denoise(RandomCommit(bench.seed), block=BLOCK)
+    return raced(bench, "greedy", "random order uncached", lambda interval: greedy(bench, interval), plain)
+
+
+@claim(
+    "dkv_cache",
+    claim="Behind a prompt of 128 tokens it is faster than no cache from a canvas of 64 on",
+    metric="shortest canvas of 32, 64, 128, 256 positions from which on it is faster",
+    expected="<= 64",
+    compare="value",
+)
+def breaks_even(bench: Bench) -> Measurement:
+    lengths = (32, 64) if bench.quick else (32, 64, 128, 256)
+    ratios = {n: suite.ratio_of(speeds(bench, n), "decode", "uncached").ratio for n in lengths}
+    good = [n for i, n in enumerate(lengths) if all(ratios[m] > 1 for m in lengths[i:])]
+    value = float(good[0]) if good else float("inf")
+    return Measurement(value, "canvas", 64.0, 8, {"speed over no cache by canvas": ratios})

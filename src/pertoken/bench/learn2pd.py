@@ -1,0 +1,421 @@
+"""Claims of Learn2PD: exact where it should be, no more forwards than a fixed threshold at equal agreement, and what
+its end-of-text rule saves; and of all commit rules: better than random, and fast together with a refresh rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pertoken.bench import diffusion, suite
+from pertoken.bench.claims import Bench, Measurement, claim
+from pertoken.bench.diffusion import BLOCK, Point, Task
+from pertoken.denoise.dkv_cache import DKVCache
+from pertoken.denoise.dual_cache import DualCache
+from pertoken.denoise.elastic_cache import ElasticCache
+from pertoken.denoise.ends import EndOfText
+from pertoken.denoise.entropy import Entropy
+from pertoken.denoise.entropy_bound import EntropyBound
+from pertoken.denoise.factor import Factor
+from pertoken.denoise.learn2pd import Filter, Learn2PD, Oracle
+from pertoken.denoise.loop import Denoise
+from pertoken.denoise.margin import Margin
+from pertoken.denoise.random_commit import RandomCommit
+from pertoken.denoise.rules import CommitRule
+from pertoken.denoise.schedule import Schedule
+from pertoken.denoise.threshold import Threshold
+from pertoken.models.load import resolve
+from pertoken.zoo.filters import filter_name
+
+LEVELS = (0.9, 0.95, 0.98)
+DIALS: dict[str, tuple[float, ...]] = {
+    "learn2pd": (0.3, 0.5, 0.7, 0.8, 0.9, 0.96, 0.99),
+    "threshold": (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99),
+    "factor": (0.05, 0.1, 0.25, 0.5, 1.0, 1.5),
+    "entropy_bound": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
+    "schedule": (2, 4, 8),
+    "margin": (2, 4, 8),
+    "entropy": (2, 4, 8),
+    "random_commit": (2, 4, 8),
+}
+ADAPTIVE = ("learn2pd", "threshold", "factor", "entropy_bound")
+
+
+def trained(bench: Bench, layers: int = 2) -> Filter:
+    """The packaged filter with so many layers; the paper's has two."""
+
+    def make() -> Filter:
+        return Filter.load(f"{resolve('zoo:code-filter')}/{filter_name(BLOCK, layers)}")
+
+    return bench.shared(("filter", layers), make)
+
+
+def ruled(bench: Bench, name: str, dial: float, length: int, **more: Any) -> Denoise:
+    """A commit rule at a setting; the dial of rules with an even pace is how many positions they commit per step."""
+    made: dict[str, Callable[[], CommitRule]] = {
+        "learn2pd": lambda: Learn2PD(trained(bench), dial),
+        "threshold": lambda: Threshold(dial),
+        "factor": lambda: Factor(dial),
+        "entropy_bound": lambda: EntropyBound(dial),
+        "schedule": Schedule,
+        "margin": Margin,
+        "entropy": Entropy,
+        "random_commit": lambda: RandomCommit(bench.seed),
+    }
+    steps = None if name in ADAPTIVE else length // int(dial)
+    return Denoise(made[name](), steps=steps, block=BLOCK, **more)
+
+
+def tasks(bench: Bench) -> list[Task]:
+    return [diffusion.functions(bench, 64 if bench.quick else 128, 48, 4), diffusion.unit_tests(bench, 48, 4)]
+
+
+def sweep(bench: Bench, task: Task, name: str) -> list[Point]:
+    """A commit rule at all of its settings, cheapest dial first; for adaptive rules, one commit per step as well."""
+    dials = DIALS[name][1::3] if bench.quick else DIALS[name]
+    decoders = {f"{name} {dial:g}": ruled(bench, name, dial, task.length) for dial in dials}
+    found = diffusion.points(bench, task, decoders)
+    return found + ([diffusion.exact(bench, task)] if name in ADAPTIVE else [])
+
+
+def at_levels(bench: Bench, name: str, *over: Task) -> list[float]:
+    """Forwards per row that a rule needs, for every task and level of agreement."""
+    return [diffusion.cost_at(sweep(bench, task, name), level) for task in over for level in LEVELS]
+
+
+def against(bench: Bench, baseline: str, *over: Task) -> Measurement:
+    """Forwards per row at equal agreement: mean over tasks and levels, and each by itself."""
+    costs = {name: at_levels(bench, name, *over) for name in ("learn2pd", baseline)}
+    detail = {
+        "agreements": LEVELS,
+        "tasks": [task.name for task in over],
+        "forwards": costs,
+        "points (label, forwards, positions computed, agreement, identical rows)": {
+            task.name: [p.plain for name in costs for p in sweep(bench, task, name)] for task in over
+        },
+    }
+    count = sum(len(task.prompts) for task in over)
+    return Measurement(mean(costs["learn2pd"]), baseline, mean(costs[baseline]), count, detail)
+
+
+@claim(
+    "learn2pd",
+    claim="Writing held-out function bodies it needs no more forwards than the best fixed threshold of equal agreement",
+    metric="forwards per row at equal agreement with one commit per step (mean over 0.9, 0.95, 0.98)",
+    expected="<= 1",
+    shown=True,
+)
+def beats_threshold_on_functions(bench: Bench) -> Measurement:
+    return against(bench, "threshold", tasks(bench)[0])
+
+
+@claim(
+    "learn2pd",
+    claim="Writing unit tests it needs no more forwards than the best fixed threshold of equal agreement",
+    metric="forwards per row at equal agreement with one commit per step (mean over 0.9, 0.95, 0.98)",
+    expected="<= 1",
+    shown=True,
+)
+def beats_threshold_on_tests(bench: Bench) -> Measurement:
+    return against(bench, "threshold", tasks(bench)[1])
+
+
+@claim(
+    "learn2pd",
+    claim="On both tasks it needs no more forwards than Fast-dLLM's factor rule of equal agreement",
+    metric="forwards per row at equal agreement with one commit per step (mean over 0.9, 0.95, 0.98)",
+    expected="<= 1",
+)
+def beats_factor(bench: Bench) -> Measurement:
+    return against(bench, "factor", *tasks(bench))
+
+
+@claim(
+    "learn2pd",
+    claim="On both tasks it needs no more forwards than the entropy bound of equal agreement",
+    metric="forwards per row at equal agreement with one commit per step (mean over 0.9, 0.95, 0.98)",
+    expected="<= 1",
+)
+def beats_entropy_bound(bench: Bench) -> Measurement:
+    return against(bench, "entropy_bound", *tasks(bench))
+
+
+@claim(
+    "learn2pd",
+    claim="Every commit rule agrees better with one commit per step than random commits in as many forwards",
+    metric="agreement at half and a quarter of the forwards, the worst rule (mean over both tasks)",
+    expected="> 1",
+)
+def rules_beat_random(bench: Bench) -> Measurement:
+    found: dict[str, list[tuple[float, float]]] = {}
+    for task in tasks(bench):
+        control = sweep(bench, task, "random_commit")
+        for name in DIALS:
+            if name == "random_commit":
+                continue
+            mine = sweep(bench, task, name)
+            for share in (2, 4):
+                value = diffusion.agreement_at(mine, task.length / share)
+                if value > float("-inf"):  # an adaptive rule's cheapest setting may be dearer than this
+                    base = diffusion.agreement_at(control, task.length / share)
+                    found.setdefault(name, []).append((value, base))
+    means = {name: (mean(v for v, _ in pairs), mean(b for _, b in pairs)) for name, pairs in found.items()}
+    worst = min(means, key=lambda name: means[name][0] / means[name][1])
+    detail = {"rule: its agreement, random's": means, "worst": worst}
+    return Measurement(*_first(means[worst]), sum(len(task.prompts) for task in tasks(bench)), detail)
+
+
+def _first(pair: tuple[float, float]) -> tuple[float, str, float]:
+    return pair[0], "random_commit", pair[1]
+
+
+@claim(
+    "learn2pd",
+    claim="Tokens per forward fall with every step of the threshold, to 1 above 1",
+    metric="share of neighbouring settings in this order",
+    expected="== 1",
+    compare="value",
+)
+def threshold_is_monotone(bench: Bench) -> Measurement:
+    rates = {task.name: [task.length / p.steps for p in sweep(bench, task, "threshold")] for task in tasks(bench)}
+    ordered = [a >= b for found in rates.values() for a, b in pairwise(found)]
+    ordered += [found[-1] == 1 for found in rates.values()]
+    count = sum(len(task.prompts) for task in tasks(bench))
+    return Measurement(mean(ordered), "order", 1.0, count, {"tokens per forward": rates})
+
+
+def by_the_letter(model: Any, prompt: Tensor, length: int, block: int, steps: int) -> list[int]:
+    """LLaDA's sampler for one prompt `[token]`: every step a forward of the model itself, n_i = m // S commits, one
+    more at the first m % S steps; outputs shifted as the configuration says."""
+    mask, shift = model.config.mask_token_id, getattr(model.config, "prediction_shift", 0)
+    start, ids = len(prompt), torch.cat([prompt, torch.full((length,), mask)])
+    for first in range(start, start + length, block):
+        per_block = steps // (length // block)
+        for step in range(per_block):
+            places = [c for c in range(first, first + block) if ids[c] == mask]
+            full = torch.zeros(1, 1, len(ids), len(ids), dtype=model.dtype)
+            logits = model(ids[None], attention_mask=full, use_cache=False).logits[0].double()
+            logits[:, mask] = -torch.inf
+            law = {c: logits[c - shift].softmax(-1).max(-1) for c in places}
+            count = block // per_block + (step < block % per_block)
+            for column in sorted(places, key=lambda c: -float(law[c].values))[:count]:
+                ids[column] = int(law[column].indices)
+    return ids[start:].tolist()
+
+
+@claim(
+    "learn2pd",
+    claim="With tau=1, like a threshold above 1, it is LLaDA's sampler token for token (fp32, ragged batch)",
+    metric="share of rows identical to a sampler written by the letter",
+    expected="== 1",
+    compare="value",
+)
+def is_lladas_sampler(bench: Bench) -> Measurement:
+    task = diffusion.functions(bench, 64, 16, 4)
+    about, same, total = diffusion.loaded(bench), 0, 0
+    for steps, rules in {
+        64: (Learn2PD(trained(bench), 1.0), Threshold(1.5)),
+        16: (Learn2PD(trained(bench), 1.0), Schedule()),
+    }.items():
+        inputs = about.batch(task.prompts)
+        with torch.inference_mode():
+            rows = zip(inputs["input_ids"], inputs["attention_mask"].bool(), strict=True)
+            wanted = [by_the_letter(about.model, ids[kept], 64, BLOCK, steps) for ids, kept in rows]
+        for rule in rules:
+            decoder = Denoise(rule, block=BLOCK, steps=steps)
+            out = diffusion.decode(bench, task, decoder, batch=len(task.prompts), eos_token_id=None)
+            same += sum(ids.tolist() == row for ids, row in zip(out.ids, wanted, strict=True))
+            total += len(wanted)
+    return Measurement(same / total, "LLaDA's sampler by the letter", 1.0, total, {"steps": [64, 16]})
+
+
+@claim(
+    "learn2pd",
+    claim="Rows of ragged batches of 8 are what each is alone, with a dual cache and end-of-text prediction (fp32)",
+    metric="share of rows with identical ids",
+    expected="== 1",
+    compare="value",
+)
+def rows_are_independent(bench: Bench) -> Measurement:
+    task = diffusion.functions(bench, 64, 64, 8)
+    decoder = Denoise(Learn2PD(trained(bench), 0.9), DualCache(), EndOfText())
+    together, alone = (diffusion.decode(bench, task, decoder, batch=batch) for batch in (8, 1))
+    alike = diffusion.agreement(together.ids, alone.ids)
+    return Measurement(alike.rows, "alone", 1.0, len(task.prompts), {"positions": alike.positions})
+
+
+@claim(
+    "learn2pd",
+    claim="An oracle that commits every guess that is already right needs less than a third of the forwards",
+    metric="forwards per row",
+    expected="<= 0.3333",
+)
+def oracle_headroom(bench: Bench) -> Measurement:
+    task = diffusion.functions(bench, 64 if bench.quick else 128, 16, 4)
+    options: dict[str, Any] = {"batch": len(task.prompts), "eos_token_id": None}
+    wanted = diffusion.reference(bench, task, **options)
+    rule = Oracle(wanted.ids)
+    out = diffusion.decode(bench, task, Denoise(rule, block=BLOCK), **options)
+    stuck = sum(int((~(right & undecided).any(-1)).sum()) for _, right, undecided in rule.records)
+    mine = diffusion.decode(bench, task, ruled(bench, "learn2pd", 0.96, task.length), **options)
+    detail = {
+        "rows identical": diffusion.agreement(out.ids, wanted.ids, None).rows,
+        "row steps without a right guess": stuck,
+        "row steps": out.row_steps,
+        "learn2pd at tau 0.96": mine.steps,
+    }
+    return Measurement(out.steps, "schedule", wanted.steps, len(task.prompts), detail)
+
+
+def too_long(bench: Bench, when: Any, cost: str) -> Measurement:
+    """The end-of-text rule on a canvas of 256 for bodies of at most 64 tokens, against the canvas that fits."""
+    task = diffusion.functions(bench, 64, 48, 6)
+    found = {}
+    for length in (64, 256):
+        for label, canvas in {"with": EndOfText(when), "without": None}.items():
+            if (length, label) == (256, "without") and bench.quick:
+                continue
+            decoder = ruled(bench, "learn2pd", 0.96, length, canvas=canvas)
+            found[length, label] = diffusion.decode(bench, task.on(length), decoder)
+    long, fitting = found[256, "with"], found[64, "with"]
+    detail = {
+        f"canvas {length}, {label} it (forwards, positions computed, likeness)": [
+            round(out.steps, 2),
+            round(out.forwards, 1),
+            round(out.quality.likeness, 4),
+        ]
+        for (length, label), out in found.items()
+    }
+    pick: Callable[[diffusion.Output], float] = (
+        (lambda out: out.forwards) if cost == "forwards" else (lambda out: out.quality.likeness)
+    )
+    return Measurement(pick(long), "canvas that fits", pick(fitting), len(task.prompts), detail)
+
+
+@claim(
+    "learn2pd",
+    claim="On a canvas four times too long, cutting at a decided end of text (the paper's rule) costs no more than 1.2 "
+    "times the canvas that fits",
+    metric="positions computed per row",
+    expected="<= 1.2",
+)
+def decided_end_saves(bench: Bench) -> Measurement:
+    return too_long(bench, "decided", "forwards")
+
+
+@claim(
+    "learn2pd",
+    claim="On a canvas four times too long, cutting at a predicted end of text (the code's rule) costs no more than "
+    "1.2 times the canvas that fits",
+    metric="positions computed per row",
+    expected="<= 1.2",
+)
+def predicted_end_saves(bench: Bench) -> Measurement:
+    return too_long(bench, "predicted", "forwards")
+
+
+def _qualities() -> None:
+    for when, rule in {"decided": "the paper's rule", "predicted": "the code's rule"}.items():
+
+        def measure(bench: Bench, when: str = when) -> Measurement:
+            return too_long(bench, when, "likeness")
+
+        measure.__qualname__ = f"quality of {when}"
+        claim(
+            "learn2pd",
+            claim=f"On a canvas four times too long, cutting at a {when} end of text ({rule}) keeps the quality",
+            metric="likeness of the function bodies to the originals",
+            expected=">= 0.98",
+        )(measure)
+
+
+_qualities()
+
+
+@claim(
+    "learn2pd",
+    claim="A filter of two layers needs fewer forwards than one of a single layer at an equal rate of wrong commits",
+    metric="forwards per row (mean over rates of 0.5, 1, 2 and 5 % and both tasks)",
+    expected="< 1",
+)
+def two_layers_beat_one(bench: Bench) -> Measurement:
+    rates, steps, detail = ("0.02",) if bench.quick else ("0.005", "0.01", "0.02", "0.05"), {}, {}
+    for layers in (2, 1):
+        net, found = trained(bench, layers), []
+        for task in tasks(bench):
+            decoders = {rate: Denoise(Learn2PD(net, net.about["tau"][rate]), block=BLOCK) for rate in rates}
+            found += diffusion.points(bench, task, decoders)
+        steps[layers] = mean(p.steps for p in found)
+        detail[f"{layers} layers: rate, forwards, positions, agreement, identical"] = [p.plain for p in found]
+    count = sum(len(task.prompts) for task in tasks(bench))
+    return Measurement(steps[2], "one layer", steps[1], count, detail)
+
+
+REFRESHES = {"dual_cache": DualCache(), "dkv_cache": DKVCache(), "elastic_cache": ElasticCache()}
+PAIRED = {
+    "learn2pd": (0.7, 0.9, 0.96),
+    "entropy_bound": (0.03, 0.1, 0.3),
+    "factor": (0.5, 1.0),
+    "threshold": (0.8, 0.9),
+}
+
+
+def pairs(bench: Bench, task: Task) -> dict[str, Denoise]:
+    """Commit rules with refresh rules, all with end-of-text prediction; only the elastic cache's block slides, for
+    which a filter of blocks is not made."""
+    found = {}
+    for name, dials in PAIRED.items():
+        for dial in dials[1:2] if bench.quick else dials:
+            for refresh, rule in REFRESHES.items():
+                if (name, refresh) != ("learn2pd", "elastic_cache"):
+                    more = {"refresh": rule, "canvas": EndOfText()}
+                    found[f"{name} {dial:g} + {refresh}"] = ruled(bench, name, dial, task.length, **more)
+    return found
+
+
+def fast_dllm() -> Denoise:
+    """Fast-dLLM as it is usually run."""
+    return Denoise(Threshold(0.9), DualCache(), block=BLOCK)
+
+
+def chosen(bench: Bench, task: Task) -> tuple[dict[str, Denoise], dict[str, Any]]:
+    """The three cheapest pairs that agree with one commit per step at least as well as Fast-dLLM does; and figures."""
+    (base,) = diffusion.points(bench, task, {"fast-dllm": fast_dllm()})
+    decoders = pairs(bench, task)
+    good = [p for p in diffusion.points(bench, task, decoders) if p.agreement >= base.agreement]
+    best = sorted(good, key=lambda p: p.steps * (1 + p.forwards / p.steps / 60))[:3]  # a forward costs as 60 positions
+    return {p.label: decoders[p.label] for p in best}, {"fast-dllm": base.plain, "chosen from": [p.plain for p in good]}
+
+
+@claim(
+    "learn2pd",
+    claim="The best pair of a commit and a refresh rule, with end-of-text prediction, is at least 1.3 times as fast as "
+    "Fast-dLLM's threshold with dual cache at equal agreement (batch 1)",
+    metric="tokens per second",
+    expected=">= 1.3",
+    shown=True,
+)
+def best_pair_is_fast(bench: Bench) -> Measurement:
+    task = tasks(bench)[0]
+    decoders, detail = chosen(bench, task)
+    race = diffusion.functions(bench, task.length, 75, 10)  # the first 48 (4) served for the choice
+    prompts = race.prompts[len(task.prompts) :]
+    groups: dict[str, list[suite.Side]] = {"fast-dllm": [], "pair": []}
+    for dtype in ("fp32", "bf16"):
+        about = diffusion.loaded(bench, dtype)
+        groups["fast-dllm"].append(
+            diffusion.side(about, f"threshold 0.9 + dual_cache {dtype}", fast_dllm(), task.length)
+        )
+        groups["pair"] += [
+            diffusion.side(about, f"{label} {dtype}", decoder, task.length) for label, decoder in decoders.items()
+        ]
+    if not decoders:
+        return Measurement(float("nan"), "fast-dllm", float("nan"), 0, detail)
+    inputs = [diffusion.loaded(bench).batch([prompt]) for prompt in prompts]
+    found = suite.ratio_of(suite.race(groups, inputs), "pair", "fast-dllm")
+    found.detail.update(detail)
+    return found

@@ -1,0 +1,30 @@
+"""What kind of language model a model is. The only place that says so.
+
+- *causal*: goes on from the left, one token after the other.
+- *diffusion*: fills in a canvas in any order; `config.is_causal` is False, or its type is one of `FILLING`.
+- *insertion*: puts tokens in at any place; a `config.stop_token_id` besides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+KINDS = {"causal": "goes on from the left", "diffusion": "fills in a canvas", "insertion": "inserts at any place"}
+
+FILLING = ("diffusion_gemma",)
+
+
+def kind_of(model: Any) -> str:
+    """A name of `KINDS`, as the model's configuration says."""
+    config = model.config
+    if getattr(config, "model_type", None) in FILLING:
+        return "diffusion"
+    if getattr(config, "is_causal", True) is not False:
+        return "causal"
+    return "diffusion" if getattr(config, "stop_token_id", None) is None else "insertion"
+
+
+def kind_needed(needs: Iterable[str]) -> str:
+    """The kind that a method with these needs (as on its card) runs on: causal unless it names another."""
+    return next((kind for kind in KINDS if kind in needs), "causal")
