@@ -139,13 +139,17 @@ def methods(as_json: AsJson = False, results: Results = None) -> None:
     if as_json:
         print_json(found)
         return
-    rows = table("method\n[dim]question", "shape\n[dim]exactness", "paper\n[dim]needs", "baselines", "newest result")
+    rows = table("method\n[dim]question", "shape\n[dim]exactness", "decides\n[dim]needs", "paper\n[dim]newest result")
     for column in rows.columns[:3]:
         column.no_wrap = True
     for one in found:
-        paper, needs = one["paper"]["arxiv"] or "-", ", ".join(one["needs"])
-        first = (f"{one['name']}\n[dim]{one['question']}", f"{one['shape']}\n[dim]{one['exactness']}")
-        rows.add_row(*first, f"{paper}\n[dim]{needs}", ", ".join(one["baselines"]), headline(one))
+        pairs = (
+            (one["name"], one["question"]),
+            (one["shape"], one["exactness"]),
+            (", ".join(one["writes"]), ", ".join(one["needs"])),
+            (one["paper"]["arxiv"] or "-", escaped(headline(one))),
+        )
+        rows.add_row(*(f"{first}\n[dim]{second}" for first, second in pairs))
     console().print(rows)
 
 

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 
 from pertoken.core.decision import Keep
 from pertoken.core.trace import Trace
-from pertoken.view.html import MOST_BARS, render, write
+from pertoken.view.html import MOST_BARS, MOST_LINES, OPEN_ROWS, render, write
 from pertoken.view.spans import printable
-from tests.view.traces import ROWS, RUN, commit, guess, traces, two_rows
+from tests.view.traces import CANVAS_ROWS, ROWS, RUN, canvas, canvases, commit, guess, traces, two_canvases, two_rows
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 EVIL = "<script>alert(1)</script>\"'&amp;<b title='x'>"
@@ -133,6 +133,39 @@ def test_nothing_to_draw_is_an_error_that_writes_nothing(tmp_path):
 @settings(derandomize=True, max_examples=40, deadline=None)
 @given(traces())
 def test_any_text_comes_back_out_of_the_page(trace):
+    page = Page(render([trace]))
+    if rows := trace.about.get("rows"):
+        assert page.texts["output"] == [printable("".join(row["output"])) for row in rows]
+
+
+def test_a_canvas_is_drawn_with_its_text_in_the_colours_of_its_steps():
+    page = Page(render([two_canvases(rows=CANVAS_ROWS, model="m")]))
+    assert page.texts["output"] == ["".join(row["output"]) for row in CANVAS_ROWS]
+    tokens = [tag for tag in page.named("span") if tag.get("class") in ("t filled", "t filled end") and "style" in tag]
+    assert [tag["style"] for tag in tokens] == [f"--t:{t}%" for t in (0, 100, 50, 100, 100, 0, 0)]
+    assert tokens[0]["title"] == "position 0, a: committed at step 1 of 3, computed 1 times after it"
+    assert len([tag for tag in page.named("rect") if tag.get("class") == "mark"]) == 7
+    assert "A diffusion model fills a canvas" in page.texts["lead"][0]
+    assert "A decoder guesses tokens" not in page.texts["lead"][0]
+
+
+def test_a_report_of_both_kinds_explains_both():
+    text = render([two_rows(rows=ROWS), two_canvases(rows=CANVAS_ROWS)])
+    assert "A decoder guesses tokens" in text and "A diffusion model fills a canvas" in text
+
+
+def test_a_long_canvas_is_binned_and_many_rows_are_folded():
+    long = canvas([200] * 5, [[1 + (i * 7) % 500 for i in range(1000)]] * 5)
+    page = Page(render([long]))
+    assert len([tag for tag in page.named("rect") if tag.get("class") == "whole"]) <= 5 * MOST_LINES
+    assert len([tag for tag in page.named("rect") if tag.get("class") == "mark"]) <= 5 * 1000
+    assert len(page.named("details")) == 5 - OPEN_ROWS
+
+
+@settings(derandomize=True, max_examples=30, deadline=None)
+@given(canvases())
+def test_any_canvas_makes_a_page_with_its_text(made):
+    trace = made[0]
     page = Page(render([trace]))
     if rows := trace.about.get("rows"):
         assert page.texts["output"] == [printable("".join(row["output"])) for row in rows]

@@ -1,10 +1,12 @@
 import torch
+from hypothesis import given, settings
 from rich.console import Console
 
 from pertoken.core.decision import Keep
 from pertoken.core.trace import Trace
+from pertoken.view.runs import cells
 from pertoken.view.terminal import CHART_LINES, runs_table, steps_chart, text_view
-from tests.view.traces import ROWS, RUN, commit, guess, two_rows
+from tests.view.traces import CANVAS_ROWS, ROWS, RUN, canvas, canvases, commit, guess, two_canvases, two_rows
 
 
 def shown(renderable, width=120, **console) -> str:
@@ -93,3 +95,28 @@ def test_runs_table():
 def test_runs_table_fits_eighty_columns():
     text = shown(runs_table([RUN | {"label": "transformers generate", "tokens_per_second": 1234.5}]), width=80)
     assert "transformers generate 1,234.5 " in text and "identical" in text
+
+
+def test_a_run_that_differs_says_how_much():
+    assert cells(RUN | {"identical": False, "agreement": 0.934}).values[-1] == "no, 93 %"
+    assert cells(RUN | {"identical": True, "agreement": 1.0}).values[-1] == "yes"
+
+
+def test_a_canvas_is_drawn_with_its_text():
+    trace = two_canvases(rows=CANVAS_ROWS, model="m")
+    text = shown(text_view(trace))
+    assert "7 positions in 3 model steps" in text and "a <b" in text and "row 1" in text
+    lines = shown(steps_chart(trace)).splitlines()
+    assert [line.rstrip() for line in lines[1:4]] == ["1 ░│█░░░", "2  │ ░█░", "3  │▒█ █"]
+
+
+def test_a_long_canvas_fits_the_terminal():
+    trace = canvas([300] * 6, [[1 + (i * 7) % 500 for i in range(1000)]] * 6)
+    lines = shown(steps_chart(trace), width=80).splitlines()
+    assert max(map(len, lines)) <= 80 and len(lines) < 130 and "and 2 more rows" in lines
+
+
+@settings(derandomize=True, max_examples=30, deadline=None)
+@given(canvases())
+def test_any_canvas_is_shown(made):
+    assert shown(text_view(made[0])) and shown(steps_chart(made[0]))

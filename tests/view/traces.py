@@ -5,8 +5,9 @@ from random import Random
 import torch
 from hypothesis import strategies as st
 
-from pertoken.core.decision import SOURCES, Commit
+from pertoken.core.decision import SOURCES, Commit, Keep
 from pertoken.core.trace import Trace
+from pertoken.denoise import COMMIT, REFRESH
 
 MODEL, NGRAM, EXIT = range(3)
 
@@ -111,3 +112,72 @@ def traces(draw):
         texts = [{"prompt": random_pieces(random, 3), "output": random_pieces(random, count)} for count in counts]
         trace.about["rows"] = texts
     return trace
+
+
+def canvas(prompts, committed, computed=None, tokens=True, **about) -> Trace:
+    """A trace of the denoising loop from, per row, its prompt's length and the step of each position (0: never).
+
+    computed: `(row, step, column) -> bool` over prompt and canvas; everything unless given. Rows leave when they are
+    done; prompts are padded on the left; the block is a quarter of the canvas.
+    """
+    widest, length = max(prompts), len(committed[0])
+    trace = Trace({"method": "toy"} | about)
+    for step in range(1, max(map(max, committed)) + 1):
+        rows = tuple(row for row, steps in enumerate(committed) if step <= max(steps))
+        valid = torch.tensor([[c >= widest - prompts[row] for c in range(widest + length)] for row in rows])
+        work = [
+            [computed is None or computed(row, step, c - widest + prompts[row]) for c in range(widest + length)]
+            for row in rows
+        ]
+        chosen = [[False] * widest + [own == step for own in committed[row]] for row in rows]
+        note = {"block": [max(i for i, s in enumerate(committed[row]) if s <= step) * 4 // length for row in rows]}
+        if tokens:
+            note["tokens"] = [[10 + i for i, s in enumerate(committed[row]) if s == step] for row in rows]
+        trace.record(REFRESH, Keep(valid, torch.tensor(work) & valid), rows)
+        trace.record(COMMIT, Keep(valid, torch.tensor(chosen)), rows, **note)
+    return trace
+
+
+def two_canvases(**about) -> Trace:
+    """Row 0: prompt of 3, all committed by step 3. Row 1: prompt of 1, done at step 2, its last position cut off.
+
+    What is decided is not computed again, but for row 0's first position, once.
+    """
+    committed = [[1, 3, 2, 3], [2, 1, 1, 0]]
+
+    def computed(row, step, column):
+        place = column - (3, 1)[row]
+        if place < 0:
+            return step == 1
+        own = committed[row][place]
+        return step <= own or (row, place, step) == (0, 0, 3) or (own == 0 and step == 1)
+
+    return canvas([3, 1], committed, computed, **about)
+
+
+CANVAS_ROWS = [
+    {"prompt": ["def", " f", "("], "output": ["a", " <b", "\n", "d"]},
+    {"prompt": ["x"], "output": ["&", "y", ""]},
+]
+
+
+@st.composite
+def canvases(draw):
+    """A random trace of the loop: ragged prompts, random steps, random work, awkward text or none."""
+    random = Random(draw(st.integers(0, 2**32)))
+    rows, length = draw(st.integers(1, 3)), draw(st.integers(1, 12))
+    prompts = [random.randint(0, 5) for _ in range(rows)]
+    committed = []
+    for _ in range(rows):
+        steps = [random.randint(1, 6) for _ in range(length)]
+        names = {step: number for number, step in enumerate(sorted(set(steps)), 1)}
+        committed.append([names[step] for step in steps])
+    chance = random.random()
+    work = {(r, s, c): random.random() < chance for r in range(rows) for s in range(1, 7) for c in range(-5, 17)}
+    trace = canvas(prompts, committed, lambda row, step, column: work[row, step, column], tokens=random.random() < 0.5)
+    if draw(st.booleans()):
+        trace.about["rows"] = [
+            {"prompt": random_pieces(random, prompts[row]), "output": random_pieces(random, length)}
+            for row in range(rows)
+        ]
+    return trace, prompts, committed, work

@@ -9,6 +9,7 @@ from pertoken.bench import results
 from pertoken.bench.claims import claims_of
 from pertoken.core.card import Card, card, cards
 from pertoken.methods import load_methods
+from pertoken.models.kind import kind_needed
 
 GENERATING = ("policy", "decoder")
 
@@ -21,7 +22,8 @@ def entries(directory: Path | None = None) -> list[dict[str, Any]]:
 
 
 def entry(name: str, directory: Path) -> dict[str, Any]:
-    """The entry of one method: its card, the families it runs on, and each claim with its newest record or null."""
+    """The entry of one method: its card, the kind and families of models it runs on, and each claim with its newest
+    record or null."""
     one = card(name)
     kept = results.read(name, directory) or {"claims": []}
     newest = {record["claim"]: record for record in kept["claims"]}
@@ -35,6 +37,7 @@ def entry(name: str, directory: Path) -> dict[str, Any]:
         "reads": sorted(one.reads),
         "writes": sorted(one.writes),
         "needs": sorted(one.needs),
+        "model": kind_needed(one.needs) if one.shape in GENERATING else None,
         "families": _families(one),
         "baseline": one.baseline,
         "baselines": list(one.baselines),

@@ -286,7 +286,11 @@ def side(about: Loaded, name: str, decoder: Any, length: int, **options: Any) ->
     end = about.model.generation_config.eos_token_id
 
     def work(inputs: dict[str, Tensor]) -> Tensor:
-        ids = suite.generate(about.model, inputs, length, decoder, **options)
-        return ids if end is None else ids[torch.arange(length, device=ids.device) < _until(ids, end)]
+        return counted(suite.generate(about.model, inputs, length, decoder, **options), end)
 
     return suite.Side(name, work)
+
+
+def counted(ids: Tensor, end: int | None) -> Tensor:
+    """The tokens of `[row, position]` up to and with each row's first end of text, in one line."""
+    return ids if end is None else ids[torch.arange(ids.shape[1], device=ids.device) < _until(ids, end)]

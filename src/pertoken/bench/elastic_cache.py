@@ -210,7 +210,7 @@ class Probe(Watch):
         self.drift.before(model, canvas, first, last)
 
     def after(self, model: DiffusionModel, canvas: Canvas, first: int, last: int) -> Tensor:
-        now, seen = model.log_attention(canvas, self.drift.columns, first, last)
+        now, seen = model.attention(canvas, self.drift.columns, first, last)
         assert self.drift.old is not None
         for axis in ("heads", "keys"):
             self.note(axis, similarity(self.drift.old, now, seen, self.drift.real, axis))
@@ -235,7 +235,7 @@ class Probe(Watch):
         ):
             self.note(name, moved.masked_fill(~where, 0).sum(-1) / where.sum(-1))
         places = canvas.block_columns
-        read = model.log_attention(canvas, (places - model.shift).clamp(min=0), 0, model.depth)[0].exp()
+        read = model.attention(canvas, (places - model.shift).clamp(min=0), 0, model.depth)[0]
         far = canvas.masked & (canvas.masked.long().cumsum(-1) > 2 * WINDOW)
         asks = canvas.masked.gather(1, places)
         mass = read.masked_fill(~far[:, None, None, : read.shape[-1]], 0).sum(-1).mean(2)

@@ -47,6 +47,8 @@ from pertoken.denoise.watch import Watch
 
 LARGEST = 2**24  # elements of one attention tensor: bounds how many layers are tested together
 
+TINY = torch.finfo(torch.float32).tiny
+
 Axis = Literal["heads", "keys"]
 
 
@@ -128,10 +130,10 @@ class Drift(Watch):
         return self.rule.group or min(max(largest, 1), model.depth)
 
     def before(self, model: DiffusionModel, canvas: Canvas, first: int, last: int) -> None:
-        self.old = model.log_attention(canvas, self.columns, first, last)[0]
+        self.old = model.attention(canvas, self.columns, first, last)[0]
 
     def after(self, model: DiffusionModel, canvas: Canvas, first: int, last: int) -> Tensor:
-        now, seen = model.log_attention(canvas, self.columns, first, last)
+        now, seen = model.attention(canvas, self.columns, first, last)
         assert self.old is not None
         sigma = similarity(self.old, now, seen, self.real, self.rule.axis)
         self.sigma.append(sigma)
@@ -140,13 +142,13 @@ class Drift(Watch):
 
     def finish(self, model: DiffusionModel, canvas: Canvas) -> None:
         places = canvas.block_columns
-        queries = (places - model.shift).clamp(min=0)
         asks = canvas.masked.gather(1, places)
+        queries = torch.where(asks, places, places[:, :1]).sub(model.shift).clamp(min=0)
         size, decided, columns = self._size(model, canvas, places.shape[1]), canvas.valid & ~canvas.masked, []
         for first in range(0, model.depth, size):
             last = min(first + size, model.depth)
-            read = model.log_attention(canvas, queries, first, last)[0].exp()
-            score = read.masked_fill_(~asks[:, None, :, None], 0).sum((2, 3)).transpose(0, 1)
+            weights = model.attention(canvas, queries, first, last)[0]
+            score = torch.einsum("lrhqk,rq->rlk", weights, asks.float())
             score = score.masked_fill(~decided[:, None, : score.shape[-1]], -1)
             columns.append(score.topk(min(self.rule.track, score.shape[-1]), -1).indices.flatten(1))
         self.tracked = torch.zeros_like(decided).scatter_(1, torch.cat(columns, 1), True) & decided
@@ -157,16 +159,18 @@ class Drift(Watch):
 
 
 def similarity(old: Tensor, now: Tensor, seen: Tensor, real: Tensor, axis: Axis) -> Tensor:
-    """sigma `[layer, row]` of log-attention `[layer, row, head, query, key]` before and now; minus infinity without a
-    query. seen `[layer or 1, row, query, key]`: keys that count; real `[row, query]`: queries that count.
+    """sigma `[layer, row]` of attention weights `[layer, row, head, query, key]` before and now; minus infinity without
+    a query. seen `[layer or 1, row, query, key]`: keys that count; real `[row, query]`: queries that count.
 
-    The cosine takes no notice of a common factor: dividing by the largest of the heads keeps small weights in range.
+    The cosine takes no notice of a common factor: dividing by the largest of the heads keeps small weights in range. A
+    key that no head reads, before and now, is unchanged.
     """
     if axis == "heads":
-        a, b = ((x - x.amax(2, keepdim=True)).exp() for x in (old, now))
-        cosine, counts = torch.nn.functional.cosine_similarity(a, b, dim=2), seen & real[None, :, :, None]
+        old, now = (x / x.amax(2, keepdim=True) for x in (old + TINY, now + TINY))
+        over, counts = 2, seen & real[None, :, :, None]
     else:
-        cosine, counts = torch.nn.functional.cosine_similarity(old.exp(), now.exp(), dim=-1), real[None, :, None]
+        over, counts = 4, real[None, :, None]
+    cosine = (old * now).sum(over) / ((old * old).sum(over) * (now * now).sum(over)).sqrt()
     counts = counts.expand(cosine.shape)
     total = counts.sum((2, 3))
     mean = cosine.masked_fill(~counts, 0).sum((2, 3)) / total

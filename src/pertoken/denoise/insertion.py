@@ -54,6 +54,7 @@ class Request:
                 raise BadRequest(
                     f"{name} {token} is not in the vocabulary of {about.vocab_size} tokens; set it in the config"
                 )
+        assert marker is not None
         mask = torch.ones_like(ids) if mask is None else mask
         if ids.ndim != 2 or mask.shape != ids.shape:
             raise BadRequest(

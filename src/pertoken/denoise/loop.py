@@ -44,9 +44,9 @@ class DenoisingInterrupted(KeyboardInterrupt):
 @dataclass
 class Stats:
     """Counts of the last call. steps: forwards (NFE); row_steps: the same, summed over rows; token_forwards: positions
-    computed, summed over forwards and rows; attended: of these, positions that each read; token_layers:
-    positions computed times layers; whole_layers: layers computed at every position of a row, summed over row steps; tokens: returned up to and with the first end of text; seconds: wall
-    clock."""
+    computed, summed over forwards and rows; attended: of these, positions that each read; token_layers: positions
+    computed times layers; whole_layers: layers computed at every position of a row, summed over row steps; tokens:
+    returned up to and with the first end of text; seconds: wall clock."""
 
     steps: int = 0
     row_steps: int = 0
@@ -62,11 +62,12 @@ class Stats:
 class Denoise:
     """Decoder of masked-diffusion models, for `model.generate(..., custom_generate=Denoise(...))`.
 
-    commit, refresh, canvas, constraint: the rules; block: positions per block (None: the whole canvas is one block); sliding: instead, the block is always the first so many undecided positions
-    (None: as the refresh rule says);
+    commit, refresh, canvas, constraint: the rules; block: positions per block (None: the whole canvas is one block);
+    sliding: instead, the block is always the first so many undecided positions (None: as the refresh rule says);
     steps: steps over the canvas (None: one per position) and pace: how they share out the commits, see `denoise.pace`;
     shift: 1 if the output at i - 1 predicts token i (Dream's alignment), 0 if the output at i does (LLaDA's), None: as
-    the model's configuration says (`prediction_shift`, 0 if it says nothing); mask_token: None for the configuration's `mask_token_id`.
+    the model's configuration says (`prediction_shift`, 0 if it says nothing); mask_token: None for the configuration's
+    `mask_token_id`.
     revise: what the commit rule picks holds for one step only, as in DiffusionGemma's own sampler (see there; other
     models' commits are final). `max_new_tokens` is the length of the canvas.
     """

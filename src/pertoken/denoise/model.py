@@ -159,11 +159,11 @@ class DiffusionModel(CanvasModel):
             target[:, rows[:, None], block.slots] = torch.stack(new)
         return hidden
 
-    def log_attention(self, canvas: Canvas, columns: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
+    def attention(self, canvas: Canvas, columns: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
         """How the kept queries at `columns` `[row, query]` read the kept keys in layers `first..last`, with a watch.
 
-        float32 log-probabilities `[layer, row, head, query, column]`, and which columns each query may see, bool
-        `[layer or 1, row, query, column]`.
+        float32 weights `[layer, row, head, query, column]`, and which columns each query may see, bool `[layer or 1,
+        row, query, column]`.
         """
         cache, adapter = self.cache, self.stack.adapter
         if missing := [layer for layer in range(first, last) if layer not in cache.observed]:
@@ -173,20 +173,20 @@ class DiffusionModel(CanvasModel):
                 "at attention (dkv_cache, dual_cache, recompute), or take off the policy that passes over layers"
             )
         assert cache.queries is not None
-        own = canvas.positions.gather(1, columns)
-        masks = {
-            w: mask(canvas.valid, canvas.positions, own, cache.read, w, torch.float32) for w in set(self.stack.windows)
-        }
-        windows = self.stack.windows[first:last]
-        added = torch.stack([masks[w] for w in (windows if len(set(windows)) > 1 else windows[:1])])
+        places = canvas.positions
+        own, windows = places.gather(1, columns), self.stack.windows[first:last]
+        masks = {w: mask(canvas.valid, places, own, cache.read, w, torch.float32) for w in set(windows)}
+        added = torch.stack([masks[w] for w in (windows if len(masks) > 1 else windows[:1])])
         index = columns[None, :, None, :, None].expand(last - first, -1, adapter.heads, -1, adapter.head_dim)
-        queries = cache.queries[first:last].gather(3, index).float()
-        keys = cache.buffer[first:last, 0, :, :, : cache.read].float()
-        scores = queries.unflatten(2, (adapter.kv_heads, -1)).flatten(3, 4) @ keys.transpose(-1, -2)
-        scores = scores.view(*queries.shape[:-1], cache.read)
+        queries = cache.queries[first:last].gather(3, index)
+        grouped = queries.unflatten(2, (adapter.kv_heads, -1)).flatten(3, 4)
+        keys = cache.buffer[first:last, 0, :, :, : cache.read]
+        # layer by layer, because the keys of several layers would be copied to be multiplied together
+        products = [q.float() @ k.float().transpose(-1, -2) for q, k in zip(grouped, keys, strict=True)]
+        scores = torch.stack(products).view(*queries.shape[:-1], cache.read)
         if cache.cap is not None:
             scores = torch.tanh(scores / cache.cap) * cache.cap
-        return (scores + added).log_softmax(-1), added[:, :, 0] == 0
+        return scores.add_(added).softmax(-1), added[:, :, 0] == 0
 
     def logits(self, places: Tensor) -> Tensor:
         """Logits `[row, place, vocabulary]` for the tokens at columns `places` `[row, place]`."""

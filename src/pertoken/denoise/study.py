@@ -110,6 +110,7 @@ class Outcome:
         return found | {
             "passed_low": low,
             "passed_high": high,
+            "prompts": len(self.lengths),
             "samples": self.samples,
             "pass@k": self.pass_at(self.samples),
             "distinct": self.distinct,

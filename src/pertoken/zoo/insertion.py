@@ -135,8 +135,9 @@ class Insertion(Objective):
         self.data = Rows(self.recipe, self.tokenizer)
         self.count = self.data.count
         self.mask: int = self.tokenizer.token_to_id(MASK)  # type: ignore[assignment]
+        self.end: int = self.data.end  # type: ignore[assignment]
         config = self.model.config
-        config.mask_token_id, config.stop_token_id, config.bos_token_id = self.mask, self.data.end, self.data.end
+        config.mask_token_id, config.stop_token_id, config.bos_token_id = self.mask, self.end, self.end
         plain = Bidirectional(self.model)
         self.forward = torch.compile(plain, dynamic=False) if compile_model else plain
 
@@ -146,9 +147,9 @@ class Insertion(Objective):
     def opened(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """ids, valid and open `[row, token]` of rows `[row, 1 + token]` as of `Rows`, without their padding."""
         given, ids = rows[:, :1], rows[:, 1:].clone()
-        ids[:, 0] = self.data.end
+        ids[:, 0] = self.end
         width, place = ids.shape[1], torch.arange(ids.shape[1])
-        padding = (ids == self.data.end).flip(-1).byte().cumprod(-1).sum(-1, keepdim=True)
+        padding = (ids == self.end).flip(-1).byte().cumprod(-1).sum(-1, keepdim=True)
         length = (width - padding).clamp(min=1)
         valid, room = place < length, (length - 1).clamp(min=1)
         draws = torch.rand(3, len(SPANS), len(ids), 1, generator=generator)
@@ -174,7 +175,7 @@ class Insertion(Objective):
         rows = torch.from_numpy(batch.astype(np.int64))
         total, shown, count = torch.zeros(()), 0.0, 0
         for short in self.parts(rows, spread_levels(len(rows), generator), generator):
-            losses, stops, _ = insertion_losses(self.forward(short.ids, short.bias), self.head, short, self.data.end)
+            losses, stops, _ = insertion_losses(self.forward(short.ids, short.bias), self.head, short, self.end)
             total = total + (losses.sum() + stops.sum()) / len(rows)
             shown, count = shown + float(losses.detach().sum()), count + int((short.missing > 0).sum())
         return total, shown / max(count, 1)
@@ -197,7 +198,7 @@ class Insertion(Objective):
                 (short,) = self.parts(part, torch.full((len(part),), level), generator, 1)
                 with torch.autocast("cpu", dtype=torch.bfloat16):
                     hidden = plain(short.ids, short.bias)
-                    losses, stops, scores = insertion_losses(hidden, self.head, short, self.data.end)
+                    losses, stops, scores = insertion_losses(hidden, self.head, short, self.end)
                 some = short.missing > 0
                 sums["heldout"].append(losses[some])
                 sums["excess"].append((losses - target_entropy(short))[some])
