@@ -5,8 +5,9 @@ import torch
 
 from pertoken.bench import compare as module
 from pertoken.bench import sides
-from pertoken.bench.compare import Options, compare, default_draft
-from pertoken.bench.texts import pieces, read_prompts
+from pertoken.bench.compare import Options, compare
+from pertoken.bench.sides import default_draft, default_filter
+from pertoken.bench.texts import agreement, pieces, read_prompts
 from pertoken.core import card
 from tests.bench import toys
 
@@ -238,3 +239,121 @@ def test_policies_are_attached_under_a_decoder_and_taken_off(decoders, monkeypat
     found = compare(["right+zero", "right"], "toy", None, ["x"], small())
     assert [run.identical for run in found.runs] == [True, True, False, True]
     assert len(set(found.outputs["right+zero"][0])) == 1
+
+
+FILLED, INSERTED = "toy-diffusion", "toy-insertion"
+
+
+@pytest.fixture
+def kinds(monkeypatch):
+    """Toy models of every kind in place of loaded ones: plain "toy", one that fills in, one that inserts."""
+
+    def load(name, options):
+        model = toys.model()
+        if name in (FILLED, INSERTED):
+            model.config.is_causal, model.config.mask_token_id = False, 256
+        if name == INSERTED:
+            model.config.stop_token_id = 0
+        return model, toys.tokenizer()
+
+    monkeypatch.setattr(module, "load_model", load)
+
+
+def filling(**changed) -> Options:
+    return small(**({"max_new_tokens": 8, "block": 4} | changed))
+
+
+def test_a_diffusion_model_is_measured_by_one_commit_per_step_without_a_cache(kinds):
+    found = compare(["schedule", "schedule+dual_cache", "entropy"], FILLED, None, ["def f(x):", "x"], filling())
+    dense, same, cached, other = found.runs
+    assert [run.name for run in found.runs] == ["dense", "schedule", "schedule+dual_cache", "entropy"]
+    assert dense.label == "one per step, no cache" and found.options.baseline == "dense"
+    assert (dense.identical, dense.agreement, dense.speedup) == (True, 1.0, pytest.approx(1))
+    assert (same.identical, same.flops, same.steps) == (True, dense.flops, dense.steps == 8 and 8)
+    assert cached.flops < dense.flops
+    assert other.identical == (found.outputs["entropy"] == found.outputs["dense"])
+    assert other.agreement == pytest.approx(1.0) if other.identical else 0 <= other.agreement < 1
+    assert [trace.about["method"] for trace in found.traces] == [run.name for run in found.runs]
+    json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_steps_are_the_methods_own_and_not_the_references(kinds):
+    found = compare(["schedule"], FILLED, None, ["x"], filling(steps=4))
+    assert [run.steps for run in found.runs] == [8, 4]
+
+
+def test_another_baseline_can_be_named_for_a_diffusion_model(kinds):
+    found = compare(["schedule+dual_cache"], FILLED, None, ["x"], filling(baseline="random_commit"))
+    assert [run.name for run in found.runs] == ["dense", "random_commit", "schedule+dual_cache"]
+    assert found.runs[1].speedup == pytest.approx(1)
+
+
+def test_methods_get_the_filter_and_the_tokenizer(kinds, tmp_path):
+    from pertoken.denoise.learn2pd import Filter
+
+    Filter(4).save(tmp_path / "f.safetensors")
+    options = filling(filter=str(tmp_path / "f.safetensors"), language="python")
+    found = compare(["learn2pd", "difftester"], FILLED, None, ["x"], options)
+    assert [run.tokens for run in found.runs] == [8, 8, 8]
+
+
+def test_the_zoo_has_filters_by_size_of_block(kinds, tmp_path, monkeypatch):
+    monkeypatch.setattr("pertoken.zoo.WEIGHTS", tmp_path)
+    (tmp_path / "code-diffusion").mkdir()
+    (tmp_path / "code-diffusion" / "filter-32.safetensors").touch()
+    names = ["dense", "learn2pd+dual_cache"]
+    kept = str(tmp_path / "code-diffusion" / "filter-32.safetensors")
+    assert default_filter("zoo:code-diffusion", names, 32) == kept
+    assert default_filter("zoo:code-diffusion", names, 16) is None
+    assert default_filter("zoo:code-diffusion", ["threshold"], 32) is None
+    assert default_filter("code-diffusion", names, 32) is None
+
+
+def test_an_insertion_model_gives_whole_texts(kinds):
+    found = compare([], INSERTED, None, ["def f(x):", "x"], small(max_new_tokens=5))
+    (run,) = found.runs
+    assert run.name == "ilm" and run.identical and 0 <= run.tokens <= 10
+    assert [text[:1] for text in found.outputs["ilm"]] == ["d", "x"]
+    assert len("".join(found.outputs["ilm"])) >= len("def f(x):x")
+
+
+WRONG_KIND = {
+    "a canvas for a causal model": (
+        ["threshold"],
+        "toy",
+        {},
+        "threshold fills in a canvas and needs a diffusion .*del",
+    ),
+    "a causal method for a canvas": (["prompt_lookup"], FILLED, {}, "prompt_lookup goes on from the left .*threshold"),
+    "a policy alone": (
+        ["skip_layers"],
+        FILLED,
+        {},
+        r"skip_layers alone is run as lossless\(skip_layers\), which goes on",
+    ),
+    "a canvas for insertion": (["threshold"], INSERTED, {}, "toy-insertion is an insertion model"),
+    "transformers' loop for a canvas": (["schedule"], FILLED, {"baseline": "generate"}, "its own is dense"),
+    "the canvas' loop for a causal model": (["full"], "toy", {"baseline": "dense"}, "its own is generate"),
+    "a block for a causal model": (["full"], "toy", {"block": 4}, "settings of a canvas; toy is a causal model"),
+    "two rules of one slot": (["threshold+factor"], FILLED, {}, "threshold and factor both decide commit"),
+    "methods of two kinds": (["threshold+dyspec"], FILLED, {}, "need models of different kinds"),
+    "no filter": (["learn2pd"], FILLED, {}, "learn2pd needs a filter"),
+    "a block that does not fit": (["schedule"], FILLED, {"block": 3}, "block=3 does not divide the canvas of 8"),
+}
+
+
+@pytest.mark.parametrize("names, model, options, message", WRONG_KIND.values(), ids=WRONG_KIND.keys())
+def test_methods_and_models_of_different_kinds_are_refused(kinds, names, model, options, message):
+    with pytest.raises(ValueError, match=message):
+        compare(names, model, None, ["x"], small(**({"max_new_tokens": 8} | options)))
+
+
+def test_policies_go_under_a_canvas(kinds):
+    found = compare(["schedule+skip_layers"], FILLED, None, ["x = 1"], filling())
+    assert found.runs[1].flops < found.runs[0].flops
+
+
+def test_agreement_counts_positions():
+    assert agreement([[1, 2, 3], [4]], [[1, 9, 3], [4]]) == 0.75
+    assert agreement([[1, 2]], [[1, 2, 3, 4]]) == 0.5
+    assert agreement([[]], [[]]) == 1.0

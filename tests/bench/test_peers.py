@@ -9,7 +9,6 @@ import torch
 
 from pertoken.bench.peers import llada2
 from pertoken.core.errors import BadRequest
-from pertoken.denoise.ends import EndOfText
 from pertoken.denoise.loop import Denoise
 from pertoken.denoise.threshold import Threshold
 from tests.denoise.conftest import MASK, bidirectional, fill, prompts
@@ -87,7 +86,6 @@ def test_it_stops_at_the_end_of_text_even_if_prompts_hold_it(model):
     free = llada2(model, BLOCK, threshold=2.0, whole=True)(inputs, length)
     end = int(free.tokens[0, 3])
     inputs["input_ids"][:, -2] = end
-    decoder = Denoise(block=BLOCK, canvas=EndOfText())
     plain = ours(model, inputs, length, Denoise(block=BLOCK), eos_token_id=end, pad_token_id=end)
     run = llada2(model, BLOCK, threshold=2.0, whole=True)(inputs, length, end)
     alone = llada2(model, BLOCK, threshold=2.0, whole=True)({k: v[:1] for k, v in inputs.items()}, length, end)
@@ -96,7 +94,6 @@ def test_it_stops_at_the_end_of_text_even_if_prompts_hold_it(model):
     assert alone.tokens[0].tolist() == plain[0].tolist()
     if end in plain[0]:
         assert alone.forwards < length
-    assert decoder.canvas is not None
 
 
 def test_no_mask_token_is_left(model):

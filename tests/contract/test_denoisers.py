@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 
 import pytest
@@ -44,24 +45,27 @@ def given() -> dict:
 
 
 def decoder(name, **options):
-    return make(name, **(given() | {"block": BLOCK} | options))
+    """The decoder of a rule or several; a sliding block is as long as the others, for which the filter is made."""
+    takes = {key for part in name.split("+") for key in inspect.signature(card(part).build).parameters}
+    return make(name, **(given() | {"block": BLOCK} | {key: BLOCK for key in ("window",) if key in takes} | options))
+
+
+def sharp(family):
+    """A model of the family that fills in a canvas, and is sure of itself now and then."""
+    torch.manual_seed(1)
+    model = bidirectional(family)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 3)
+    return model
 
 
 @pytest.fixture(scope="session")
 def filler(family):
-    """A model of the family that fills in a canvas, and is sure of itself now and then."""
-    torch.manual_seed(1)
-    model = bidirectional(family)
-    model.lm_head.weight.data.mul_(3)
-    return model
+    return sharp(family)
 
 
 @pytest.fixture(scope="session")
 def llama():
-    torch.manual_seed(1)
-    model = bidirectional("llama")
-    model.lm_head.weight.data.mul_(3)
-    return model
+    return sharp("llama")
 
 
 @pytest.mark.parametrize("name", STEADY)
@@ -180,16 +184,16 @@ def test_with_an_end_of_text_a_canvas_rule_saves_work_and_nothing_follows_the_en
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_rules_of_different_slots_go_together(llama, name):
-    inputs, both = prompts(5, 8), decoder(name, block=2, filter=Filter(2))
+    inputs, both = prompts(5, 8), decoder(name)
     before = fingerprint(llama)
     with both.record() as trace:
-        out = fill(llama, inputs, both, 4, eos_token_id=END)
+        out = fill(llama, inputs, both, LENGTH, eos_token_id=END)
     assert not (out == MASK).any()
     assert torch.stack([s.decision.keep.sum() for s in trace.at(COMMIT)]).gt(0).all()
     with both.replay(trace):
-        assert fill(llama, inputs, both, 4, eos_token_id=END).equal(out)
+        assert fill(llama, inputs, both, LENGTH, eos_token_id=END).equal(out)
     if all("noise" not in card(part).reads for part in name.split("+")):
-        assert fill(llama, alone(inputs, 0), both, 4, eos_token_id=END)[0].equal(out[0])
+        assert fill(llama, alone(inputs, 0), both, LENGTH, eos_token_id=END)[0].equal(out[0])
     assert fingerprint(llama) == before
 
 

@@ -366,8 +366,7 @@ def elastic(
     tokens = list(prompt) + [mask_id] * length
     layers = len(model.model.layers)
     masked, tracked, fresh = list(range(len(prompt), len(tokens))), [], []
-    states = [[None] * len(tokens) for _ in range(layers)]  # x_cache
-    queries, keys, values = ([[None] * len(tokens) for _ in range(layers)] for _ in range(3))
+    states, queries, keys, values = ([[torch.empty(0)] * len(tokens) for _ in range(layers)] for _ in range(4))
     run, first = Run([]), True
 
     while masked:

@@ -156,7 +156,7 @@ def test_an_outcomes_figures():
     )
     row = outcome.row()
     assert (row["passed"], row["parses"]) == pytest.approx((1 / 6, 5 / 6))
-    assert (outcome.pass_at(1), row["pass@k"]) == pytest.approx((1 / 6, 0.5))
+    assert (outcome.pass_at(1), row["passed@k"]) == pytest.approx((1 / 6, 0.5))
     assert (row["distinct"], row["length"], row["nfe"]) == pytest.approx((0.5, 6, 8))
     assert (row["tokens_per_nfe"], row["token_forwards"], row["flops"], row["seconds"]) == (0.75, 100, 1e6, 0.5)
     assert row["end_share"] == 1 - 6 / 16 and 0 <= row["passed_low"] <= 1 / 6 <= row["passed_high"] <= 1 / 3

@@ -12,6 +12,8 @@ from pertoken.core.budget import Budget
 from pertoken.core.errors import BadRequest
 from pertoken.denoise import elastic_cache
 from pertoken.denoise.canvas import Canvas
+from pertoken.denoise.dkv_cache import DKVCache
+from pertoken.denoise.dual_cache import DualCache
 from pertoken.denoise.elastic_cache import ElasticCache, similarity
 from pertoken.denoise.ends import EndOfText
 from pertoken.denoise.fixed_interval import FixedInterval
@@ -347,7 +349,7 @@ def test_both_sides_are_the_same_tokens(llama, monkeypatch):
     drifts = []
 
     def seen(self, canvas, columns, first, last):
-        asked.append((self.watch.old is None, columns))
+        asked.append(columns)
         return made(self, canvas, columns, first, last)
 
     def tracked(self, model, canvas, first, last):
@@ -362,7 +364,7 @@ def test_both_sides_are_the_same_tokens(llama, monkeypatch):
     for chosen, columns, real in drifts:
         again = torch.zeros_like(chosen).scatter_(1, columns, real)
         assert again.equal(chosen)
-        assert sum(columns is other for _, other in asked) == 2, "once before and once after the layers"
+        assert sum(columns is other for other in asked) == 2, "once before and once after the layers"
 
 
 @pytest.mark.parametrize("axis", ["heads", "keys"])
@@ -425,6 +427,18 @@ def test_the_window_slides_over_the_undecided(llama):
         assert left == []
     wide, whole = Denoise(Threshold(TAU), sliding=500), Denoise(Threshold(TAU), block=None)
     assert fill(llama, prompts(4, 9), wide, LENGTH).equal(fill(llama, prompts(4, 9), whole, LENGTH))
+
+
+@pytest.mark.parametrize("refresh", [DualCache(), DKVCache(8), FixedInterval(math.inf, None)])
+def test_caches_know_what_a_sliding_block_decided(llama, refresh):
+    decoder = Denoise(Threshold(TAU), refresh, sliding=4)
+    with decoder.record() as trace:
+        fill(llama, prompts(6, 6), decoder, LENGTH)
+    commits, computed = ([step.decision.keep for step in trace.at(site)] for site in (COMMIT, REFRESH))
+    assert any(not keep.all() for keep in computed)
+    for before, after in zip(commits, computed[1:], strict=False):
+        if before.shape == after.shape:
+            assert (after | ~before).all(), "a decided token is computed with its embedding"
 
 
 def test_blocks_in_place_of_the_window(llama):

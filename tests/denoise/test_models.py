@@ -16,13 +16,13 @@ from transformers.models.diffusion_gemma import generation_diffusion_gemma as th
 from transformers.models.gemma4.configuration_gemma4 import Gemma4VisionConfig
 
 from pertoken.core.errors import BadRequest
-from pertoken.denoise.diffusion_gemma import Annealing, Site, noise
 from pertoken.denoise.dkv_cache import DKVCache
 from pertoken.denoise.dual_cache import DualCache
 from pertoken.denoise.ends import EndOfText
 from pertoken.denoise.entropy_bound import EntropyBound
 from pertoken.denoise.factor import Factor
 from pertoken.denoise.loop import COMMIT, REFRESH, Denoise
+from pertoken.denoise.noise import noise
 from pertoken.denoise.random_commit import RandomCommit
 from pertoken.denoise.schedule import Schedule
 from pertoken.denoise.threshold import Threshold
@@ -102,7 +102,7 @@ def forwards(trace, rows):
 
 def sampled_by_transformers(monkeypatch, model, inputs, gamma, length=3 * BLOCK, **options):
     """Its own `generate`, with our noise in the place of random tokens and the argmax in the place of samples."""
-    site, state = Site(model, Annealing(), False, None), {"block": -1, "step": 0}
+    state = {"block": -1, "step": 0}
     prepare = type(model)._prepare_denoiser_inputs
 
     def prepared(self, *args, **kwargs):
@@ -115,7 +115,7 @@ def sampled_by_transformers(monkeypatch, model, inputs, gamma, length=3 * BLOCK,
             ids=full, block=full, block_step=torch.full_like(full, state["step"]), columns=torch.arange(99), size=BLOCK
         )
         state["step"] += 1
-        return noise(site, where)
+        return noise(where, VOCABULARY, None)
 
     monkeypatch.setattr(type(model), "_prepare_denoiser_inputs", prepared)
     monkeypatch.setattr(theirs.EntropyBoundSampler, "initialize_canvas", drawn)
@@ -179,7 +179,7 @@ def test_a_row_does_not_depend_on_its_batch(model, commit, revise):
 @torch.inference_mode()
 def naive(model, prompt, commit, blocks):
     """One row of final commits by the model's own forward: no cache kept, a new one for every step."""
-    site, ids = Site(model, Annealing.of(model.generation_config), False, None), prompt.tolist()
+    ids = prompt.tolist()
     for block in range(blocks):
         held, signal, step = [None] * BLOCK, None, 0
         while None in held:
@@ -190,7 +190,7 @@ def naive(model, prompt, commit, blocks):
                 columns=torch.arange(99),
                 size=BLOCK,
             )
-            drawn = noise(site, where)[0].tolist()
+            drawn = noise(where, VOCABULARY, None)[0].tolist()
             canvas = [new if old is None else old for old, new in zip(held, drawn, strict=True)]
             out = model(
                 input_ids=torch.tensor([ids]), decoder_input_ids=torch.tensor([canvas]), self_conditioning_logits=signal
@@ -247,13 +247,14 @@ def test_sampling_follows_its_seed(model):
 
 
 def test_noise_is_uniform_and_differs_by_row_block_and_step():
-    site = SimpleNamespace(vocabulary=50, seed=7)
     rows, steps, size = 40, 50, 16
     where = SimpleNamespace(
         ids=torch.zeros(1), numbers=list(range(rows)), block=torch.zeros(rows, dtype=torch.long), size=size,
         columns=torch.arange(size),
     )  # fmt: skip
-    drawn = torch.stack([noise(site, SimpleNamespace(**vars(where), block_step=where.block + s)) for s in range(steps)])
+    drawn = torch.stack(
+        [noise(SimpleNamespace(**vars(where), block_step=where.block + s), 50, 7) for s in range(steps)]
+    )
     counts = torch.bincount(drawn.flatten(), minlength=50).double()
     assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 49 + 5 * (2 * 49) ** 0.5
     for one, other in ((drawn[1:], drawn[:-1]), (drawn[:, 1:], drawn[:, :-1]), (drawn[..., 1:], drawn[..., :-1])):
@@ -287,7 +288,7 @@ def test_images_and_two_way_encoders_are_refused(model):
         filled(gemma(use_bidirectional_attention="all"), prompts(5), Denoise(block=BLOCK))
 
 
-def test_a_masked_model_does_not_revise(request):
+def test_a_masked_model_does_not_revise():
     from tests.denoise.conftest import bidirectional, fill
 
     with pytest.raises(BadRequest, match="is final; leave out revise"):

@@ -228,32 +228,43 @@ def test_the_recipe_is_of_the_twins_size_and_start():
     assert (mine.shape, mine.start, mine.objective) == (base.shape, base.start, "insertion")
 
 
-def naive_is_path(prompt, answer):
-    """Whether the answer's pairs are edges of the prompt that lead from its start to its goal."""
+def naive_is_path(prompt, answer, in_pairs):
+    """Whether the answer goes along edges of the prompt from its start to its goal."""
     *edges, start, goal, marker = prompt[1:]
     assert marker == MARKER
     known = {tuple(edges[i : i + 2]) for i in range(0, len(edges), 2)}
-    pairs = [tuple(answer[i : i + 2]) for i in range(0, len(answer), 2)]
+    pairs = list(pairwise(answer))[:: 2 if in_pairs else 1]
     joined = all(a[1] == b[0] for a, b in pairwise(pairs))
     return set(pairs) <= known and joined and pairs[0][0] == start and pairs[-1][1] == goal
 
 
-@pytest.mark.parametrize("task", [StarGraphs(), StarGraphs(2, (4, 7), 20), StarGraphs(4, (3, 5), 17, symmetric=True)])
+@pytest.mark.parametrize(
+    "task",
+    [
+        StarGraphs(),
+        StarGraphs(2, (4, 7), 20),
+        StarGraphs(pairs=True),
+        StarGraphs(2, (4, 7), 20, pairs=True),
+        StarGraphs(4, (3, 5), 17, symmetric=True),
+    ],
+    ids=str,
+)
 def test_star_graphs_have_one_path_and_a_fork(task):
     graphs = task.sample(200, torch.Generator().manual_seed(0))
     lengths, ahead = set(), 0
     for row, answer in enumerate(graphs.answers):
         prompt = graphs.ids[row, graphs.valid[row] & ~graphs.answer[row]].tolist()
-        assert naive_is_path(prompt, answer)
+        assert naive_is_path(prompt, answer, task.pairs)
+        path = [*answer[::2], answer[-1]] if task.pairs else answer
         edges = [tuple(prompt[i : i + 2]) for i in range(1, len(prompt) - 3, 2)]
         assert len(set(edges)) == len(edges) and min(min(e) for e in edges) >= FIRST
         sources = [u for u, _ in edges]
         fork = [u for u in set(sources) if sources.count(u) > 1]
         assert len(fork) == (task.degree > 1) and sources.count(fork[0]) == task.degree
-        plan = len(answer) // 2 - answer[::2].index(fork[0])
+        plan = len(path) - 1 - path.index(fork[0])
         assert plan >= 2, "at least two edges from the fork to the goal"
-        ahead += answer[0] != fork[0]
-        lengths.add(len(answer) // 2 + 1)
+        ahead += path[0] != fork[0]
+        lengths.add(len(path))
     low, high = task.arms
     assert lengths == ({high} if task.symmetric else set(range(low, high + 1)))
     assert (ahead == 0) == task.symmetric

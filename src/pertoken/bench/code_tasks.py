@@ -101,6 +101,6 @@ class Judge:
         else:
             true, total = true_lines(problem.prompt, answer)
             passed, share = passes(problem.prompt, answer), true / max(total, 1)
-            whole = parses(problem.prompt + answer)
+            whole = bool(answer.strip()) and parses(problem.prompt + answer)
             found = {"passed": passed, "parses": whole, "likeness": likeness(answer, problem.original)}
         return {name: float(value) for name, value in (found | {"lines": share}).items()}

@@ -225,7 +225,7 @@ class Probe(Watch):
     def look(self, model: DiffusionModel, canvas: Canvas, buffer: Tensor, outputs: Tensor, tracked: Tensor) -> None:
         pairs = (x[..., :-1, :].transpose(3, 4).flatten(4) for x in (buffer, model.cache.buffer))
         moved = 1 - torch.nn.functional.cosine_similarity(*pairs, dim=-1).mean(1)  # [layer, row, column]
-        last = canvas.decided_at == canvas.step[:, None] - 1
+        last = canvas.decided_last
         decided = canvas.valid & ~canvas.masked & ~last
         asked = canvas.masked & canvas.in_block
         for name, where in (

@@ -125,9 +125,8 @@ def goal_before_fork(bench: Bench) -> Measurement:
         sources = prompt[1:-3:2]
         fork = next(node for node in sources if sources.count(node) > 1)
         if len(steps) == len(answer):
-            hop = answer[::2].index(fork) * 2 + 1
             goals.append(steps[-1])
-            forks.append(min(steps[i] for i in (hop, hop + 1) if i < len(steps)))
+            forks.append(steps[answer.index(fork) + 1])
     mean = lambda values: sum(values) / max(len(values), 1)  # noqa: E731
     return Measurement(mean(goals), "the node after the fork", mean(forks), len(goals))
 

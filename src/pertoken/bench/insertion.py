@@ -22,7 +22,7 @@ from pertoken.denoise.ilm import ILM, INSERT
 from pertoken.zoo.star_graphs import END, Graphs, StarGraphs, StarRecipe, trained
 
 MODEL, MASKED = "code-insertion", "code-diffusion"
-TASK = StarGraphs(degree=2, arms=(3, 4), names=12)
+TASK = StarGraphs(degree=2, arms=(4, 6), names=14)
 SIZE = {"width": 64, "layers": 3, "steps": 3000}
 LONGEST = 8  # missing tokens
 PREFIX, SUFFIX = 64, 32  # tokens of context

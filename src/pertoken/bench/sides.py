@@ -9,6 +9,7 @@ from typing import Any
 from pertoken.core.card import Card, card, cards
 from pertoken.models.kind import KINDS, kind_needed
 
+ARTICLE = {"causal": "a", "diffusion": "a", "insertion": "an"}
 PLAIN, DENSE = "generate", "dense"
 REFERENCES = {"causal": (PLAIN, "full"), "diffusion": (DENSE, DENSE), "insertion": ("ilm", "ilm")}
 LABELS = {PLAIN: "transformers generate", DENSE: "one per step, no cache"}
@@ -105,7 +106,8 @@ def check_kind(name: str, kind: str, model_name: str) -> None:
         name = f"{name} alone is run as lossless({name}), which"
     fitting = [one.name for one in cards().values() if one.shape == "decoder" and kind_needed(one.needs) == kind]
     raise ValueError(
-        f"{name} {KINDS[needed]} and needs a {needed} model; {model_name} is a {kind} model, which {KINDS[kind]}. "
+        f"{name} {KINDS[needed]} and needs {ARTICLE[needed]} {needed} model; {model_name} is {ARTICLE[kind]} {kind} "
+        f"model, which {KINDS[kind]}. "
         f"Methods for it: {', '.join(fitting)}"
     )
 

@@ -14,6 +14,8 @@ from pertoken.bench.study_runs import NAME
 from pertoken.core.chart import Chart
 from pertoken.denoise.study_charts import COSTS, SWEEPS, cost, sweep
 
+MEASURES = ("passed", "parses")
+
 
 def charts(document: dict[str, Any]) -> dict[str, Chart]:
     """By file name, from a document of results: every sweep in the claims' details, and quality against cost per
@@ -26,11 +28,11 @@ def charts(document: dict[str, Any]) -> dict[str, Chart]:
     for task, sweeps in tasks.items():
         stem = f"{NAME}_{task.replace(' ', '_')}"
         for name, rows in sweeps.items():
-            if name in SWEEPS:
-                found[f"{stem}_{name}.svg"] = sweep(name, rows, _note(task, rows))
+            for measure in MEASURES if name in SWEEPS else ():
+                found[f"{stem}_{name}_{measure}.svg"] = sweep(name, rows, _note(task, rows), measure)
         every = [row for name, rows in sweeps.items() for row in rows if name != "canvas"]  # it has fewer prompts
         for name in COSTS:
-            found[f"{stem}_{name}.svg"] = cost(name, every, _note(task, every))
+            found |= {f"{stem}_{name}_{m}.svg": cost(name, every, _note(task, every), m) for m in MEASURES}
     return found
 
 

@@ -31,8 +31,9 @@ BASE = {
 }
 COUNTS = {BODIES: (64, 6), LONG: (32, 4), ASSERTIONS: (48, 4), FUNCTIONS: (32, 4)}  # full, quick
 LONGEST = 448
+MEASURES = ("passed", "parses", "likeness", "lines")
 KEPT = ("canvas", "block", "steps", "share", "rule", "refresh", "temperature", "autoregressive", "prompts", "samples",
-        "passed", "passed_low", "passed_high", "pass@k", "distinct", "parses", "likeness", "lines", "nfe",
+        *(f"{name}{end}" for name in MEASURES for end in ("", "_low", "_high", "@k")), "distinct", "nfe",
         "tokens_per_nfe", "token_forwards", "flops", "seconds", "length", "end_share")  # fmt: skip
 
 

@@ -35,8 +35,10 @@ def read_prompts(path: Path) -> list[str]:
 
 def agreement(rows: list[list[int]], others: list[list[int]]) -> float:
     """Share of positions with the same token; a position that only one side has counts as different."""
-    same = sum(a == b for row, other in zip(rows, others, strict=True) for a, b in zip(row, other, strict=False))
-    return same / max(sum(max(len(row), len(other)) for row, other in zip(rows, others, strict=True)), 1)
+    pairs = list(zip(rows, others, strict=True))
+    positions = sum(max(len(row), len(other)) for row, other in pairs)
+    same = sum(a == b for row, other in pairs for a, b in zip(row, other, strict=False))
+    return same / positions if positions else 1.0
 
 
 def texts(trace: Trace, tokenizer: Any, batch: dict[str, Tensor], outputs: list[list[int]]) -> dict[str, Any]:

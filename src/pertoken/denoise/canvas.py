@@ -90,6 +90,11 @@ class Canvas:
             return self.masked & (self.masked.long().cumsum(-1) <= self.sliding)
         return (self.columns >= self.start) & ((self.columns - self.start) // self.size == self.block[:, None])
 
+    @property
+    def decided_last(self) -> Tensor:
+        """`[row, column]`: decided at the row's last step."""
+        return self.decided_at == self.step[:, None] - 1
+
     def commit(self, chosen: Tensor, tokens: Tensor) -> None:
         """Decide the positions `chosen` `[row, column]`, which get `tokens` `[row, column]`."""
         self.ids = torch.where(chosen, tokens, self.ids)

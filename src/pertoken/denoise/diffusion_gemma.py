@@ -30,10 +30,11 @@ from torch import Tensor
 from pertoken.core.errors import BadRequest
 from pertoken.denoise.canvas import Canvas
 from pertoken.denoise.canvas_model import CanvasModel
+from pertoken.denoise.noise import noise
 from pertoken.denoise.rules import Guess
+from pertoken.models.encoded import EncoderCache
 
 ATTENTION = ("sdpa", "eager")
-SPREAD = (0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)  # splitmix64, signed
 
 
 @dataclass(frozen=True)
@@ -127,63 +128,12 @@ class Site:
         return cls(model, annealing, rules.revise, seed)
 
 
-class Slots:
-    """Keys and values `[row, kv_head, column, dim]` of one layer, as the decoder reads them."""
-
-    keys: Tensor
-    values: Tensor
-
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
-        self.buffer = torch.zeros((2, *shape), dtype=dtype, device=device)
-
-
-class EncoderCache:
-    """What the encoder has read, one slot per column of the canvas and one more for padding: transformers' cache
-    protocol, as far as this model uses it."""
-
-    is_compileable = False
-
-    def __init__(self, site: Site, rows: int, columns: int):
-        text = site.text
-        self.layers = []
-        for index in range(text.num_hidden_layers):
-            own = text.per_layer_config[index]
-            shape = (rows, own.num_key_value_heads, columns + 1, own.head_dim)
-            self.layers.append(Slots(shape, site.dtype, site.device))
-        self.columns = columns
-        self.rows = self.slots = torch.zeros(0)
-        self.read = 0
-
-    def write_at(self, rows: Tensor, columns: Tensor, real: Tensor, read: int) -> None:
-        """Direct the next writes of these rows to `columns` `[row, query]` where `real`; they read the first `read`."""
-        self.rows, self.read = rows, read
-        self.slots = columns.masked_fill(~real, self.columns)
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        layer = self.layers[layer_idx].buffer
-        place = self.rows[:, None], slice(None), self.slots
-        layer[0][place], layer[1][place] = keys.transpose(1, 2), values.transpose(1, 2)
-        return layer[0, self.rows, :, : self.read], layer[1, self.rows, :, : self.read]
-
-    def show(self, read: int) -> None:
-        """Let the decoder read the first `read` columns of all rows."""
-        for layer in self.layers:
-            layer.keys, layer.values = layer.buffer[0, :, :, :read], layer.buffer[1, :, :, :read]
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.read
-
-    def select(self, rows: Tensor) -> None:
-        for layer in self.layers:
-            layer.buffer = layer.buffer[:, rows]
-
-
 class DiffusionGemma(CanvasModel):
     """held `[row, place]`: tokens that the decoder is shown, -1 for noise; signal `[row, place, vocabulary]`: its last
     outputs; past `[row, step, place]`: its last argmaxes."""
 
     def __init__(self, site: Site, canvas: Canvas):
-        self.site, self.cache = site, EncoderCache(site, canvas.rows, canvas.width)
+        self.site, self.cache = site, EncoderCache(site.text, canvas.rows, canvas.width, site.dtype, site.device)
         self.known = torch.zeros_like(canvas.valid)
         self.held = torch.full((canvas.rows, canvas.size), -1, device=canvas.ids.device)
         self.past = self.held[:, None].repeat(1, site.annealing.stability_threshold, 1)
@@ -206,7 +156,9 @@ class DiffusionGemma(CanvasModel):
         steps, n = self.site.annealing, (self.site.annealing.max_denoising_steps - canvas.block_step).clamp(min=1)
         temperature = steps.t_min + (steps.t_max - steps.t_min) * n / steps.max_denoising_steps
         out = self.site.model(
-            decoder_input_ids=torch.where(self.held < 0, noise(self.site, canvas), self.held),
+            decoder_input_ids=torch.where(
+                self.held < 0, noise(canvas, self.site.vocabulary, self.site.seed), self.held
+            ),
             past_key_values=self.cache,
             self_conditioning_logits=self.signal,
             self_conditioning_mask=None if self.signal is None else ~fresh,
@@ -281,21 +233,3 @@ class DiffusionGemma(CanvasModel):
         self.cache.select(rows)
         self.known, self.held, self.past = self.known[rows], self.held[rows], self.past[rows]
         self.signal = None if self.signal is None else self.signal[rows]
-
-
-def noise(site: Site, canvas: Canvas) -> Tensor:
-    """`[row, place]` tokens, uniform over the vocabulary: splitmix64's scrambling of seed, row (if the seed is not
-    None), block, step and place."""
-    device = canvas.ids.device
-    rows = torch.tensor(canvas.numbers, device=device) if site.seed is not None else torch.zeros_like(canvas.block)
-    x = torch.full_like(canvas.block, site.seed or 0)
-    for part in (rows[:, None], canvas.block[:, None], canvas.block_step[:, None], canvas.columns[: canvas.size]):
-        x = scrambled((x[:, None] if x.ndim == 1 else x) + (part + 1) * SPREAD[0])
-    return (x & torch.iinfo(torch.long).max) % site.vocabulary
-
-
-def scrambled(x: Tensor) -> Tensor:
-    """splitmix64's finaliser on int64, whose products wrap around."""
-    for shift, factor in ((30, SPREAD[1]), (27, SPREAD[2]), (31, 1)):
-        x = (x ^ ((x >> shift) & (2 ** (64 - shift) - 1))) * factor
-    return x

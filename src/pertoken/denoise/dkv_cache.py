@@ -55,7 +55,7 @@ class DKVCache(RefreshRule):
 
     def plan(self, canvas: Canvas, upcoming: Tensor | None) -> Tensor:
         step = canvas.block_step[:, None]  # at step 0 nothing was decided before the last commit: step 1 is not late
-        return (step < 2) | (step % self.interval == 0) | canvas.masked | decided_last(canvas)
+        return (step < 2) | (step % self.interval == 0) | canvas.masked | canvas.decided_last
 
 
 @method(
@@ -81,7 +81,7 @@ class DKVCacheGreedy(RefreshRule):
             raise BadRequest(f"interval={self.interval} is too short; give 1 to recompute always, or more")
 
     def plan(self, canvas: Canvas, upcoming: Tensor | None) -> Tensor:
-        last = decided_last(canvas)
+        last = canvas.decided_last
         if upcoming is None:
             near = self._near(canvas, last, canvas.masked & canvas.in_block)
         else:
@@ -96,8 +96,3 @@ class DKVCacheGreedy(RefreshRule):
         distance = torch.minimum(2 * (after - columns), 2 * (columns - before) + 1)
         ranked = -distance.double().masked_fill(~candidates | centre, torch.inf)
         return top(ranked, self.window * centre.sum(-1))
-
-
-def decided_last(canvas: Canvas) -> Tensor:
-    """`[row, column]`: decided at the row's last step."""
-    return canvas.decided_at == canvas.step[:, None] - 1

@@ -1,7 +1,8 @@
 """Dual cache: within a block only the block is computed: Fast-dLLM's second cache.
 
 Source: Wu et al., arXiv 2505.22618. The first step of a block computes everything; its later steps compute the block's
-positions, decided or not, and write their keys and values over the old ones.
+positions, decided or not, and write their keys and values over the old ones. What a sliding block decides leaves it and
+is computed once more.
 """
 
 from __future__ import annotations
@@ -36,4 +37,4 @@ class DualCache(RefreshRule):
     full: ClassVar[dict[str, Any]] = {"block": 1}
 
     def plan(self, canvas: Canvas, upcoming: Tensor | None) -> Tensor:
-        return (canvas.block_step == 0)[:, None] | canvas.in_block
+        return (canvas.block_step == 0)[:, None] | canvas.in_block | canvas.decided_last

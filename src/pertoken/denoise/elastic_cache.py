@@ -112,12 +112,11 @@ class Drift(Watch):
         self.sigma: list[Tensor] = []
 
     def wanted(self, canvas: Canvas) -> Tensor:
-        last = canvas.decided_at == canvas.step[:, None] - 1
         if self.tracked is None:
-            self.tracked = torch.zeros_like(last)
+            self.tracked = torch.zeros_like(canvas.valid)
         self.tracked &= canvas.valid
         self.sigma.clear()
-        return last | self.tracked
+        return canvas.decided_last | self.tracked
 
     def group(self, model: DiffusionModel, canvas: Canvas) -> int:
         assert self.tracked is not None

@@ -52,5 +52,4 @@ class FixedInterval(RefreshRule):
 
     def plan(self, canvas: Canvas, upcoming: Tensor | None) -> Tensor:
         due = torch.remainder(canvas.step, self.interval) < 1
-        last = canvas.decided_at == canvas.step[:, None] - 1
-        return due[:, None] | last | (canvas.masked & canvas.in_block)
+        return due[:, None] | canvas.decided_last | (canvas.masked & canvas.in_block)

@@ -89,9 +89,9 @@ class Outcome:
         """Answers to each prompt."""
         return min(map(len, self.lengths))
 
-    def pass_at(self, k: int) -> float:
-        """Chance that one of k answers passes, a mean over prompts."""
-        return float(np.mean([pass_at(k, round(sum(row)), len(row)) for row in self.verdicts[PASSED]]))
+    def pass_at(self, k: int, measure: str = PASSED) -> float:
+        """Chance that one of k answers has a measure of 1, a mean over prompts; for measures that are 0 or 1."""
+        return float(np.mean([pass_at(k, round(sum(row)), len(row)) for row in self.verdicts[measure]]))
 
     @property
     def distinct(self) -> float:
@@ -103,16 +103,17 @@ class Outcome:
         return sum(map(sum, self.lengths))
 
     def row(self) -> dict[str, float]:
-        """Every figure of the study, costs per answer."""
-        each = 1 / self.answers
-        low, high = self.interval()
-        found = {measure: self.mean(measure) for measure in self.verdicts}
+        """Every figure of the study: of each measure the mean, its interval and, if it is 0 or 1, the chance that one
+        of all samples has it; and costs per answer."""
+        each, found = 1 / self.answers, {}
+        for measure, values in self.verdicts.items():
+            low, high = self.interval(measure)
+            found |= {measure: self.mean(measure), f"{measure}_low": low, f"{measure}_high": high}
+            if all(value in (0, 1) for row in values for value in row):
+                found[f"{measure}@k"] = self.pass_at(self.samples, measure)
         return found | {
-            "passed_low": low,
-            "passed_high": high,
             "prompts": len(self.lengths),
             "samples": self.samples,
-            "pass@k": self.pass_at(self.samples),
             "distinct": self.distinct,
             "nfe": self.row_steps * each,
             "tokens_per_nfe": self.tokens / self.row_steps,
@@ -161,9 +162,9 @@ class Study:
         sweeps = {name: [found[i].setting for i in indices] for name, indices in kept["sweeps"].items()}
         return cls(sweeps, {one.setting: one for one in found}, kept["about"])
 
-    def plot(self, directory: str | Path, prefix: str = "dllm_code_study") -> list[Path]:
-        """Write a chart per sweep, and of quality against operations and seconds; returns the SVG files."""
+    def plot(self, directory: str | Path, measure: str = PASSED, prefix: str = "dllm_code_study") -> list[Path]:
+        """Write a chart of a measure per sweep, and against operations and seconds; returns the SVG files."""
         prompts = len(next(iter(self.outcomes.values())).lengths)
         note = f"{self.about.get('tasks', 'prompts')}, n = {prompts}; bands: 95 % bootstrap over them"
-        found = charts({name: self.rows(name) for name in self.sweeps}, note)
+        found = charts({name: self.rows(name) for name in self.sweeps}, note, measure)
         return [chart.save(Path(directory) / f"{prefix}_{name}.svg") for name, chart in found.items()]

@@ -21,18 +21,23 @@ COSTS = {
     "flops": ("Quality against operations", "floating-point operations per answer, logarithmic"),
     "seconds": ("Quality against time", "seconds per answer, batch of the study, logarithmic"),
 }
-PASSES = "answers that pass"
+MEASURES = {
+    "passed": "answers that pass",
+    "parses": "answers that are valid code",
+    "likeness": "likeness to the original",
+}
 COLOURS = {DIFFUSION: ("#2f5fd0", "#8fb0f2"), TWIN: ("#4b5563", "#a3acb9")}  # one answer, the best of several
 
 
-def charts(rows: Mapping[str, Sequence[Row]], note: str) -> dict[str, Chart]:
+def charts(rows: Mapping[str, Sequence[Row]], note: str, measure: str = "passed") -> dict[str, Chart]:
     """By name; rows: those of `Study.rows`, by sweep. A sweep without a chart is passed over."""
-    found = {name: sweep(name, some, note) for name, some in rows.items() if name in SWEEPS}
-    return found | {name: cost(name, [row for some in rows.values() for row in some], note) for name in COSTS}
+    found = {name: sweep(name, some, note, measure) for name, some in rows.items() if name in SWEEPS}
+    every = [row for some in rows.values() for row in some]
+    return found | {name: cost(name, every, note, measure) for name in COSTS}
 
 
-def sweep(name: str, rows: Sequence[Row], note: str) -> Chart:
-    """Share of answers that pass against the sweep's knob; the twin, which has no such knob, as a level."""
+def sweep(name: str, rows: Sequence[Row], note: str, measure: str = "passed") -> Chart:
+    """A measure against the sweep's knob; the twin, which has no such knob, as a level."""
     title, x, knob = SWEEPS[name]
     groups: dict[str, list[Row]] = {}
     for row in rows:
@@ -41,40 +46,44 @@ def sweep(name: str, rows: Sequence[Row], note: str) -> Chart:
     lines = []
     for label, some in groups.items():
         points = [(_knob(row, knob), row) for row in some]
-        band = [(at, row["passed_low"], row["passed_high"]) for at, row in points]
+        band = _band(points, measure)
         one, best = COLOURS.get(label, (None, None))
-        lines.append(Line(label, [(at, row["passed"]) for at, row in points], band, label == TWIN, one))
-        several = [row for row in some if row["samples"] > 1]
+        lines.append(Line(label, [(at, row[measure]) for at, row in points], band, label == TWIN, one))
+        several = [row for row in some if row["samples"] > 1 and f"{measure}@k" in row]
         if name == "temperature" and several:
-            chance = [(row["temperature"], row["pass@k"]) for row in several]
+            chance = [(row["temperature"], row[f"{measure}@k"]) for row in several]
             lines.append(Line(f"{label}, best of {several[0]['samples']}", chance, (), label == TWIN, best))
     if name == "remasking":  # five bands on each other would show nothing
         lines = [line if line.dashed else replace(line, band=()) for line in lines]
     values = sorted({_knob(row, knob) for row in rows if not row["autoregressive"]})
     ticks = [(value, _named(value, knob)) for value in values]
-    return Chart(title, x, PASSES, lines, note, knob != "temperature", ticks, percent=True, low=0.0)
+    y = MEASURES.get(measure, measure)
+    return Chart(title, x, y, lines, note, knob != "temperature", ticks, percent=True, low=0.0)
 
 
-def cost(name: str, rows: Sequence[Row], note: str) -> Chart:
-    """The best share of answers that pass for at most a cost per answer, greedy decoders only."""
+def cost(name: str, rows: Sequence[Row], note: str, measure: str = "passed") -> Chart:
+    """The best of a measure for at most a cost per answer, greedy decoders only."""
     title, x = COSTS[name]
     lines = []
     for label, twin in ((DIFFUSION, False), (TWIN, True)):
         some = [row for row in rows if row["autoregressive"] == twin and row["samples"] == 1]
-        best = front([(row[name], row) for row in some])
-        points = [(at, row["passed"]) for at, row in best]
-        band = [(at, row["passed_low"], row["passed_high"]) for at, row in best]
-        lines.append(Line(label, points, band, colour=COLOURS[label][0]))
-    return Chart(title, x, PASSES, lines, note, log=True, percent=True, low=0.0)
+        best = front([(row[name], row) for row in some], measure)
+        points = [(at, row[measure]) for at, row in best]
+        lines.append(Line(label, points, _band(best, measure), colour=COLOURS[label][0]))
+    return Chart(title, x, MEASURES.get(measure, measure), lines, note, log=True, percent=True, low=0.0)
 
 
-def front(found: Sequence[tuple[float, Row]]) -> list[tuple[float, Row]]:
+def front(found: Sequence[tuple[float, Row]], measure: str = "passed") -> list[tuple[float, Row]]:
     """Those that no cheaper one equals in quality, cheapest first."""
     best: list[tuple[float, Row]] = []
-    for at, row in sorted(found, key=lambda one: (one[0], -one[1]["passed"])):
-        if not best or row["passed"] > best[-1][1]["passed"]:
+    for at, row in sorted(found, key=lambda one: (one[0], -one[1][measure])):
+        if not best or row[measure] > best[-1][1][measure]:
             best.append((at, row))
     return best
+
+
+def _band(points: Sequence[tuple[float, Row]], measure: str) -> list[tuple[float, float, float]]:
+    return [(at, row[f"{measure}_low"], row[f"{measure}_high"]) for at, row in points]
 
 
 def _knob(row: Row, knob: str) -> float:

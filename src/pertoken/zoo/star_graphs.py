@@ -5,7 +5,10 @@ arm passes through the centre at a random index below its length - 2, so that th
 lies ahead; in the symmetric one all arms start at it and are of the greater length. The answer is arm 0 from its start
 to its goal (ILM's `star_small` and `vstar` sets, arXiv 2505.05755). Node names are random, of `names`.
 
-A row is `[CLS, u v of every edge in random order, start, goal, gap marker, u v of the answer's edges in order]`.
+A row is `[CLS, u v of every edge in random order, start, goal, gap marker, answer]`. The answer is the nodes of the path
+in order; with `pairs`, as in the paper, u v of its edges. In pairs every inner node occurs twice, so an insertion
+model, whose target counts what is missing, values a node that is one of two as highly as the goal, which is certain;
+the paper trains it until it knows the path (50,000 steps), the nodes alone need a tenth of that.
 """
 
 from __future__ import annotations
@@ -55,12 +58,13 @@ class Graphs:
 
 @dataclass(frozen=True)
 class StarGraphs:
-    """The task. arms: least and greatest number of nodes of an arm, the centre among them."""
+    """The task. arms: least and greatest number of nodes of an arm, the centre among them; pairs: answers are edges."""
 
     degree: int = 3
     arms: tuple[int, int] = (3, 5)
     names: int = 20
     symmetric: bool = False
+    pairs: bool = False
 
     def __post_init__(self) -> None:
         low, high = self.arms
@@ -76,7 +80,7 @@ class StarGraphs:
 
     @property
     def longest_answer(self) -> int:
-        return 2 * (self.arms[1] - 1)
+        return 2 * (self.arms[1] - 1) if self.pairs else self.arms[1]
 
     @property
     def width(self) -> int:
@@ -100,10 +104,13 @@ class StarGraphs:
         shuffled = edges.flatten(1, 2).gather(1, order[..., None].expand(-1, -1, 2)).flatten(1)
         goal = node[:, 0].gather(1, length[:, :1] - 1)
         column = lambda token: torch.full((count, 1), token)  # noqa: E731
-        parts = [column(END), shuffled, node[:, 0, :1], goal, column(MARKER), edges[:, 0].flatten(1), column(END)]
+        path, on_path = node[:, 0], place < length[:, :1]
+        if self.pairs:
+            path, on_path = edges[:, 0].flatten(1), real[:, 0].repeat_interleave(2, 1)
+        parts = [column(END), shuffled, node[:, 0, :1], goal, column(MARKER), path, column(END)]
         yes = torch.ones(count, 1, dtype=torch.bool)
         real_edges = real.flatten(1).gather(1, order).repeat_interleave(2, 1)
-        valid = torch.cat([yes, real_edges, yes, yes, yes, real[:, 0].repeat_interleave(2, 1), ~yes], 1)
+        valid = torch.cat([yes, real_edges, yes, yes, yes, on_path, ~yes], 1)
         ids = torch.cat(parts, 1)
         answer = torch.zeros_like(valid)
         answer[:, -self.longest_answer - 1 :] = valid[:, -self.longest_answer - 1 :]
@@ -113,9 +120,9 @@ class StarGraphs:
 
     def edges_right(self, graphs: Graphs, found: list[list[int]]) -> Tensor:
         """`[row]` share of the answer's edges that stand in `found` in their place."""
-        share = []
+        share, stride = [], 2 if self.pairs else 1
         for wanted, got in zip(graphs.answers, found, strict=True):
-            pairs = [wanted[i : i + 2] == got[i : i + 2] for i in range(0, len(wanted), 2)]
+            pairs = [wanted[i : i + 2] == got[i : i + 2] for i in range(0, len(wanted) - 1, stride)]
             share.append(sum(pairs) / len(pairs))
         return torch.tensor(share)
 
