@@ -112,6 +112,8 @@ BAD = {
     "run with a missing file": ["run", "full", "--model", "x", "--input", "nowhere.txt"],
     "run with an unknown model": ["run", "full", "--model", "./nowhere", "--prompt", "x"],
     "run with no tokens": ["run", "full", "--model", "x", "--prompt", "y", "--max-new-tokens", "0"],
+    "run with an empty block": ["run", "threshold", "--model", "x", "--prompt", "y", "--block", "0"],
+    "run with two rules of a slot": ["run", "threshold+factor", "--model", "x", "--prompt", "y"],
     "run with an unknown dtype": ["run", "full", "--model", "x", "--prompt", "y", "--dtype", "fp7"],
     "a missing trace": ["trace", "nowhere"],
     "an unknown zoo model": ["zoo", "train", "code-targe", "--out", "runs"],
@@ -159,6 +161,7 @@ def test_methods_as_json_and_as_a_table(toy):
 def test_every_registered_method_is_listed():
     names = {one["name"] for one in json.loads(call("methods", "--json").stdout)}
     assert {"full", "chain", "kary_tree", "random_tree", "prompt_lookup", "dyspec", "del"} <= names
+    assert {"learn2pd", "difftester", "dkv_cache", "elastic_cache", "ilm", "schedule", "end_of_text"} <= names
 
 
 def test_bench_prints_json_alone_and_keeps_results(toy):
@@ -219,6 +222,16 @@ def test_run_passes_its_options_on_and_prints_json_alone(toy, monkeypatch):
     printed = json.loads(found.stdout)
     assert printed["runs"][0]["speedup"] == 2.0 and printed["outputs"] == {"toy": ["y [bold]"]}
     assert "working" in found.stderr
+
+
+def test_run_passes_settings_of_a_canvas_on(toy, monkeypatch):
+    asked = []
+    monkeypatch.setattr("pertoken.bench.compare.compare", lambda *given: asked.append(given[4]) or comparison())
+    options = "--block 16 --steps 64 --filter f.safetensors --language java"
+    found = call("run", "a+b", "--model", "m", "--prompt", "x", *options.split(), "--json")
+    assert found.exit_code == 0, found.output
+    assert asked == [Options(block=16, steps=64, filter="f.safetensors", language="java")]
+    assert asked[0].baseline is None, "the default is that of the model's kind"
 
 
 def test_run_saves_its_trace(toy, monkeypatch):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pertoken.bench.sides import (
+    ARTICLE,
     DENSE,
     PLAIN,
     Given,
@@ -158,9 +159,7 @@ def compare(
     for name in wanted:
         check_kind(name, kind, model_name)
     if kind != "diffusion" and (options.block or options.steps):
-        raise ValueError(
-            f"--block and --steps are of a canvas, which {model_name}, a {kind} model, has not; leave them out"
-        )
+        raise ValueError(f"block and steps are settings of a canvas; {model_name} is {ARTICLE[kind]} {kind} model")
     draft_name = draft_name or default_draft(model_name, wanted)
     draft = None
     if draft_name is not None:

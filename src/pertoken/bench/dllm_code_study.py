@@ -79,6 +79,7 @@ def one_per_forward(bench: Bench) -> Measurement:
     claim="With blocks of one position the canvas is filled from left to right",
     metric="share of commits at the first undecided position",
     expected="== 1",
+    compare="value",
 )
 def left_to_right(bench: Bench) -> Measurement:
     about = diffusion.loaded(bench, "bf16")

@@ -163,8 +163,8 @@ def continued(bench: Bench, part: list[Hole]) -> Fills:
     """The left-to-right twin's greedy continuation, cut where what stands behind the hole is likeliest."""
     about = loaded(bench, name=TWIN)
     ids = torch.tensor([[END, *hole.before] for hole in part])
-    more: dict[str, Any] = {"max_new_tokens": LONGEST, "eos_token_id": None}
-    new = suite.generate(about.model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, LONGEST, **more)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    new = suite.generate(about.model, inputs, LONGEST, eos_token_id=None)
     likely = []
     for count in range(1, LONGEST + 1):
         whole = torch.cat([ids, new[:, :count], torch.tensor([hole.behind for hole in part])], 1)

@@ -12,76 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pertoken.bench import diffusion, peers, suite
+from pertoken.bench import diffusion, pairs, peers, suite
 from pertoken.bench.answers import judge
 from pertoken.bench.claims import Bench, Measurement, claim
-from pertoken.bench.diffusion import BLOCK, Point, Task
-from pertoken.denoise.dkv_cache import DKVCache
+from pertoken.bench.commits import DIALS, ruled, sweep, tasks, trained
+from pertoken.bench.diffusion import BLOCK, Task
 from pertoken.denoise.dual_cache import DualCache
-from pertoken.denoise.elastic_cache import ElasticCache
 from pertoken.denoise.ends import EndOfText
-from pertoken.denoise.entropy import Entropy
-from pertoken.denoise.entropy_bound import EntropyBound
-from pertoken.denoise.factor import Factor
-from pertoken.denoise.learn2pd import Filter, Learn2PD, Oracle
+from pertoken.denoise.learn2pd import Learn2PD, Oracle
 from pertoken.denoise.loop import Denoise
-from pertoken.denoise.margin import Margin
-from pertoken.denoise.random_commit import RandomCommit
-from pertoken.denoise.rules import CommitRule
 from pertoken.denoise.schedule import Schedule
 from pertoken.denoise.threshold import Threshold
-from pertoken.models.load import resolve
-from pertoken.zoo.filters import filter_name
 
 LEVELS = (0.9, 0.95, 0.98)
-DIALS: dict[str, tuple[float, ...]] = {
-    "learn2pd": (0.3, 0.5, 0.7, 0.8, 0.9, 0.96, 0.99),
-    "threshold": (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99),
-    "factor": (0.05, 0.1, 0.25, 0.5, 1.0, 1.5),
-    "entropy_bound": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
-    "schedule": (2, 4, 8),
-    "margin": (2, 4, 8),
-    "entropy": (2, 4, 8),
-    "random_commit": (2, 4, 8),
-}
-ADAPTIVE = ("learn2pd", "threshold", "factor", "entropy_bound")
-
-
-def trained(bench: Bench, layers: int = 2) -> Filter:
-    """The packaged filter with so many layers; the paper's has two."""
-
-    def make() -> Filter:
-        return Filter.load(f"{resolve('zoo:code-filter')}/{filter_name(BLOCK, layers)}")
-
-    return bench.shared(("filter", layers), make)
-
-
-def ruled(bench: Bench, name: str, dial: float, length: int, **more: Any) -> Denoise:
-    """A commit rule at a setting; the dial of rules with an even pace is how many positions they commit per step."""
-    made: dict[str, Callable[[], CommitRule]] = {
-        "learn2pd": lambda: Learn2PD(trained(bench), dial),
-        "threshold": lambda: Threshold(dial),
-        "factor": lambda: Factor(dial),
-        "entropy_bound": lambda: EntropyBound(dial),
-        "schedule": Schedule,
-        "margin": Margin,
-        "entropy": Entropy,
-        "random_commit": lambda: RandomCommit(bench.seed),
-    }
-    steps = None if name in ADAPTIVE else length // int(dial)
-    return Denoise(made[name](), steps=steps, block=BLOCK, **more)
-
-
-def tasks(bench: Bench) -> list[Task]:
-    return [diffusion.functions(bench, 64 if bench.quick else 128, 48, 4), diffusion.unit_tests(bench, 48, 4)]
-
-
-def sweep(bench: Bench, task: Task, name: str) -> list[Point]:
-    """A commit rule at all of its settings, cheapest dial first; for adaptive rules, one commit per step as well."""
-    dials = DIALS[name][1::3] if bench.quick else DIALS[name]
-    decoders = {f"{name} {dial:g}": ruled(bench, name, dial, task.length) for dial in dials}
-    found = diffusion.points(bench, task, decoders)
-    return found + ([diffusion.exact(bench, task)] if name in ADAPTIVE else [])
 
 
 def at_levels(bench: Bench, name: str, *over: Task) -> list[float]:
@@ -357,91 +300,6 @@ def two_layers_beat_one(bench: Bench) -> Measurement:
     return Measurement(steps[2], "one layer", steps[1], count, detail)
 
 
-REFRESHES = {"dual_cache": DualCache(), "dkv_cache": DKVCache(), "elastic_cache": ElasticCache()}
-PAIRED = {
-    "learn2pd": (0.7, 0.9, 0.96),
-    "entropy_bound": (0.03, 0.1, 0.3),
-    "factor": (0.5, 1.0),
-    "threshold": (0.8, 0.9),
-}
-
-
-def pairs(bench: Bench, task: Task) -> dict[str, Denoise]:
-    """Commit rules with refresh rules, all with end-of-text prediction; only the elastic cache's block slides, for
-    which a filter of blocks is not made."""
-    found = {}
-    for name, dials in PAIRED.items():
-        for dial in dials[1:2] if bench.quick else dials:
-            for refresh, rule in REFRESHES.items():
-                if (name, refresh) != ("learn2pd", "elastic_cache"):
-                    more = {"refresh": rule, "canvas": EndOfText()}
-                    found[f"{name} {dial:g} + {refresh}"] = ruled(bench, name, dial, task.length, **more)
-    return found
-
-
-def fast_dllm() -> Denoise:
-    """Fast-dLLM as it is usually run."""
-    return Denoise(Threshold(0.9), DualCache(), block=BLOCK)
-
-
-def chosen(bench: Bench, task: Task) -> tuple[dict[str, Denoise], dict[str, Any]]:
-    """The three cheapest pairs that agree with one commit per step at least as well as Fast-dLLM does; and figures."""
-    (base,) = diffusion.points(bench, task, {"fast-dllm": fast_dllm()})
-    decoders = pairs(bench, task)
-    good = [p for p in diffusion.points(bench, task, decoders) if p.agreement >= base.agreement]
-    best = sorted(good, key=lambda p: p.steps * (1 + p.forwards / p.steps / 60))[:3]  # a forward costs as 60 positions
-    return {p.label: decoders[p.label] for p in best}, {"fast-dllm": base.plain, "chosen from": [p.plain for p in good]}
-
-
-def racing(bench: Bench) -> tuple[list[dict[str, Tensor]], int]:
-    """Prompts, one at a time, that did not serve for the choice of the pairs; and the canvas."""
-    task = tasks(bench)[0]
-    held = diffusion.functions(bench, task.length, 75, 10).prompts[len(task.prompts) :]
-    return [diffusion.loaded(bench).batch([prompt]) for prompt in held], task.length
-
-
-def speeds(bench: Bench) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """Tokens per second of Fast-dLLM, of diffusers' pipeline and of the best pairs, all in turn; and the choice."""
-
-    def run() -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-        decoders, detail = chosen(bench, tasks(bench)[0])
-        inputs, length = racing(bench)
-        groups: dict[str, list[suite.Side]] = {"diffusers": [], "fast-dllm": []}
-        groups |= {"pair": []} if decoders else {}
-        for dtype in ("fp32", "bf16"):
-            about = diffusion.loaded(bench, dtype)
-            for group, contenders in {"fast-dllm": {"threshold 0.9": fast_dllm()}, "pair": decoders}.items():
-                groups.get(group, []).extend(
-                    diffusion.side(about, f"{label} {dtype}", one, length) for label, one in contenders.items()
-                )
-            groups["diffusers"] += [
-                peer(about, f"{'whole canvas' if whole else 'up to the block'} {dtype}", length, whole)
-                for whole in (False, True)
-            ]
-        return suite.race(groups, inputs), detail
-
-    return bench.shared("commit and refresh speeds", run)
-
-
-def peer(about: diffusion.Loaded, name: str, length: int, whole: bool) -> suite.Side:
-    """diffusers' LLaDA2Pipeline at the same threshold on the same weights; see `bench.peers`."""
-    end = about.model.generation_config.eos_token_id
-    sampler = peers.llada2(about.model, BLOCK, threshold=0.9, whole=whole)
-
-    def work(inputs: dict[str, Tensor]) -> Tensor:
-        return diffusion.counted(sampler(inputs, length, end).tokens, end)
-
-    return suite.Side(name, work)
-
-
-def raced(bench: Bench, baseline: str) -> Measurement:
-    results, detail = speeds(bench)
-    if "pair" not in results:
-        return Measurement(float("nan"), baseline, results[baseline]["tokens_per_second"], 0, detail)
-    found = suite.ratio_of(results, "pair", baseline)
-    return replace(found, detail=found.detail | detail)
-
-
 @claim(
     "learn2pd",
     claim="The best pair of a commit and a refresh rule, with end-of-text prediction, is at least 1.3 times as fast as "
@@ -451,7 +309,7 @@ def raced(bench: Bench, baseline: str) -> Measurement:
     shown=True,
 )
 def best_pair_is_fast(bench: Bench) -> Measurement:
-    return raced(bench, "fast-dllm")
+    return pairs.raced(bench, "fast-dllm")
 
 
 @claim(
@@ -462,13 +320,13 @@ def best_pair_is_fast(bench: Bench) -> Measurement:
     shown=True,
 )
 def best_pair_beats_diffusers(bench: Bench) -> Measurement:
-    found = raced(bench, "diffusers")
+    found = pairs.raced(bench, "diffusers")
     task, about = tasks(bench)[0], diffusion.loaded(bench)
     sampler, rows = peers.llada2(about.model, BLOCK, threshold=0.9), []
     for part in suite.chunks(list(task.prompts), 16):
         rows.append(sampler(about.batch(part), task.length, about.model.generation_config.eos_token_id).tokens)
     texts = about.tokenizer.batch_decode(torch.cat(rows), skip_special_tokens=True)
     theirs = judge(list(task.prompts), texts, list(task.originals), task.tests)
-    ours = diffusion.decode(bench, task, fast_dllm()).quality
+    ours = diffusion.decode(bench, task, pairs.fast_dllm()).quality
     stated = {"likeness to the originals (theirs, threshold 0.9 with dual cache)": [theirs.likeness, ours.likeness]}
     return replace(found, detail=found.detail | stated)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -110,16 +111,22 @@ def tail_losses(bench: Bench) -> dict[str, Tensor]:
         from pertoken.zoo import corpus
 
         pair = {name: diffusion.loaded(bench, "bf16", name) for name in (diffusion.MODEL, diffusion.TWIN)}
-        texts = list(corpus.split_texts("heldout").values())
-        stream = corpus.token_stream(pair[diffusion.MODEL].tokenizer.backend_tokenizer, texts)
+        stream = stream_of(pair[diffusion.MODEL].tokenizer, list(corpus.split_texts("heldout").values()))
         windows = corpus.windows(stream, LENGTHS[-1] - 1, 0, bench.seed)[: 8 if bench.quick else 48]
-        ids = torch.from_numpy(windows.astype("int64"))
+        ids = torch.from_numpy(windows)
         hidden = torch.rand(len(ids), TAIL, generator=torch.Generator().manual_seed(bench.seed)) < 0.5
         return {
             name: torch.stack([window_losses(one, ids[:, -n:], hidden) for n in LENGTHS]) for name, one in pair.items()
         }
 
     return bench.shared((NAME, "tail losses"), make)
+
+
+def stream_of(tokenizer: Any, texts: Sequence[str]) -> np.ndarray:
+    """All texts as one stream of tokens, each followed by the end of text; whatever padding the tokenizer has been told
+    to add in the meantime."""
+    ids = tokenizer(list(texts), padding=False, truncation=False, verbose=False)["input_ids"]
+    return np.concatenate([np.array([*row, tokenizer.eos_token_id], dtype=np.int64) for row in ids])
 
 
 @torch.inference_mode()
@@ -149,7 +156,7 @@ def clocked(bench: Bench, settings: Sequence[Setting]) -> dict[Any, float]:
             about.model,
             Denoise(RULES[s.rule](s, 0), REFRESHES[s.refresh](), block=s.block, steps=s.steps),
         )
-    batches = suite.chunks([p.prompt for p in bodies(16 if bench.quick else 32)], 8)
+    batches = suite.chunks([p.prompt for p in bodies(8 if bench.quick else 32)], 8)
     taken: dict[Any, list[float]] = {name: [] for name in contenders}
     for number, part in enumerate([batches[0], *batches]):
         inputs = about.batch(part)

@@ -16,6 +16,9 @@ What differs from its `generate`: rows go on to their next block at their own pa
 noise is a function of seed, block, step and place, so that a greedy row does not depend on its batch; the request's
 logits processors come after the temperature. Only text. Nothing but the block is computed at a step, so refresh rules
 other than `Recompute` have nothing to decide.
+
+Its `generate` passes over `custom_generate` without a word: call `Denoise(...)(model, **inputs,
+generation_config=...)`, which samples unless that configuration has do_sample=False.
 """
 
 from __future__ import annotations
