@@ -106,10 +106,14 @@ def test_charts_are_drawn_from_results_alone(document, tmp_path, capsys):
     results.path_of(NAME, tmp_path / "results").write_text(json.dumps(document))
     study_images.main(["--results", str(tmp_path / "results"), "--out", str(tmp_path / "images")])
     files = sorted((tmp_path / "images").iterdir())
-    assert len(files) == 2 * (5 + 2) == len(capsys.readouterr().out.split())
+    assert len(files) == 5 + 2 == len(capsys.readouterr().out.split())
     for file in files:
         assert ElementTree.parse(file).getroot().get("viewBox")
-    steps = ElementTree.parse(tmp_path / "images" / f"{NAME}_function_bodies_steps_passed.svg").getroot()
+    steps = ElementTree.parse(tmp_path / "images" / f"{NAME}_function_bodies_steps.svg").getroot()
+    study_images.main(
+        ["--results", str(tmp_path / "results"), "--out", str(tmp_path / "passed"), "--measure", "passed"]
+    )
+    assert "answers that pass" in (tmp_path / "passed" / f"{NAME}_function_bodies_steps.svg").read_text()
     heights = [float(c.get("cy", "0")) for c in steps.iter("{http://www.w3.org/2000/svg}circle")]
     assert len(heights) == 5 and all(a >= b for a, b in pairwise(heights)) and heights[0] > heights[-1]
 

@@ -52,7 +52,6 @@ def decoder(name, **options):
 
 def sharp(family):
     """A model of the family that fills in a canvas, and is sure of itself now and then."""
-    torch.manual_seed(1)
     model = bidirectional(family)
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 3)
     return model

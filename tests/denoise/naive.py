@@ -128,7 +128,7 @@ class DKVDecode:
     """dKV-Cache-Decode: what was decoded before the last commit is read from the cache; all anew every `interval`."""
 
     def __init__(self, interval):
-        self.interval = interval
+        self.interval, self.past, self.before = interval, [], set()
 
     def cacheable(self, tokens, shift, mask_id):
         known = [token != mask_id for token in tokens] + [True]
@@ -172,9 +172,9 @@ class DKVGreedy:
     def step(self, model, tokens, t, start, end, shift, mask_id, number, last):
         everything = list(range(len(tokens)))
         masked = [p for p in everything if tokens[p] == mask_id]
-        here, following = [p for p in masked if start <= p < end], []
-        if self.priority is not None:
-            following = sorted(here, key=lambda p: (-self.priority[p], p))[:number]
+        here, following, order = [p for p in masked if start <= p < end], [], self.priority
+        if order is not None:
+            following = sorted(here, key=lambda p: (-order[p], p))[:number]
         window = self.neighbours(following or last, masked if following else here, len(tokens))
         if t % self.interval == 0:
             active, past = everything, None

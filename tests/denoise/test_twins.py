@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pertoken.denoise.canvas import Canvas
 from pertoken.denoise.dkv_cache import DKVCache, DKVCacheGreedy
 from pertoken.denoise.dual_cache import DualCache
 from pertoken.denoise.elastic_cache import ElasticCache
@@ -18,9 +19,11 @@ from pertoken.denoise.model import DiffusionModel
 from pertoken.denoise.prefix_cache import PrefixCache
 from pertoken.denoise.random_commit import RandomCommit
 from pertoken.denoise.recompute import Recompute
+from pertoken.denoise.rules import Guess
 from pertoken.denoise.schedule import Schedule
 from pertoken.denoise.threshold import Threshold
 from pertoken.models.slots import SlotCache
+from tests.contract.conftest import FAMILIES
 from tests.denoise import naive
 from tests.denoise.conftest import MASK, alone, bidirectional, fill, prompts
 
@@ -71,8 +74,12 @@ REFRESHES = {
 
 @pytest.fixture(scope="module")
 def llama():
-    torch.manual_seed(5)
-    return bidirectional("llama")
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        weights = FAMILIES["llama"](3).state_dict()
+    model = bidirectional("llama")
+    model.load_state_dict(weights)
+    return model
 
 
 @pytest.fixture(autouse=True)
@@ -194,6 +201,44 @@ def test_ends_of_text(llama, when, refresh, commit, shift):
         check(run, out[row], steps[row], end)
     assert any(len(run.canvas) < LENGTH for run in runs)
     assert len({len(row) for row in steps.values()}) > 1, "rows are done at different times"
+
+
+def test_a_predicted_end_cuts_again_before_one_decided_earlier():
+    """Code rule, step by step: what counts is whether an end is decided now, not whether the row has one already."""
+    end, tokens = 7, [3, 3, MASK, MASK, MASK, MASK, 7, MASK]
+    predicted, confidence = {2: 5, 3: 7, 4: 7, 5: 5, 7: 7}, {2: 0.9, 3: 0.6, 4: 0.7, 5: 0.9, 7: 0.3}
+    canvas = Canvas.of(torch.tensor([tokens[:2]]), torch.ones(1, 2), 6, 6, MASK)
+    canvas.commit(torch.arange(8)[None] == 6, torch.full((1, 8), 7))
+    canvas.advance()
+    guesses = torch.full((1, 8), -1), torch.zeros(1, 8, dtype=torch.float64)
+    for position, token in predicted.items():
+        guesses[0][0, position], guesses[1][0, position] = token, confidence[position]
+    rule, cut = EndOfText("predicted"), naive.predicted_end(end)
+    for committed, token, last in ((5, 3, 4), (2, 7, 2)):
+        tokens[committed] = token
+        found = torch.arange(8)[None] == committed
+        canvas.commit(found, torch.full((1, 8), token))
+        assert cut(tokens, [committed], predicted, confidence, MASK) == last
+        assert rule.trim(canvas, end, found, guesses).tolist() == [last + 1]
+        canvas.advance()
+
+
+def test_a_filter_takes_places_that_were_cut_off_for_certain():
+    net, seen = FILTERS[4], []
+    canvas = Canvas.of(torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3), 4, 4, MASK)
+    canvas.cut(torch.tensor([5, 7]), 1)
+    confidence = torch.full((2, 4), 0.25, dtype=torch.float64)
+    guess = Guess(
+        torch.zeros(2, 4, 9), torch.zeros(2, 4).long(), confidence, canvas.masked[:, 3:], torch.ones(2).long()
+    )
+    hook = net.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    chosen = Learn2PD(net, tau=0.3).choose(guess, canvas) & guess.masked
+    hook.remove()
+    assert seen[0].tolist() == [[0.25, 0.25, 1.0, 1.0], [0.25] * 4]
+    for row, block in enumerate(([3, 4], [3, 4, 5, 6])):
+        certain = dict.fromkeys(block, 0.25)
+        told = naive.learned(net, 4, 0.3)(naive.Seen(block, block, certain, {}, {}, 1))
+        assert (chosen[row].nonzero().flatten() + 3).tolist() == told
 
 
 ELASTIC = [

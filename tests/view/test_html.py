@@ -143,7 +143,7 @@ def test_a_canvas_is_drawn_with_its_text_in_the_colours_of_its_steps():
     assert page.texts["output"] == ["".join(row["output"]) for row in CANVAS_ROWS]
     tokens = [tag for tag in page.named("span") if tag.get("class") in ("t filled", "t filled end") and "style" in tag]
     assert [tag["style"] for tag in tokens] == [f"--t:{t}%" for t in (0, 100, 50, 100, 100, 0, 0)]
-    assert tokens[0]["title"] == "position 0, a: committed at step 1 of 3, computed 1 times after it"
+    assert tokens[0]["title"] == "position 0, a: committed at step 1 of 3, computed 1× after it"
     assert len([tag for tag in page.named("rect") if tag.get("class") == "mark"]) == 7
     assert "A diffusion model fills a canvas" in page.texts["lead"][0]
     assert "A decoder guesses tokens" not in page.texts["lead"][0]

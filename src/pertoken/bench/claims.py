@@ -23,6 +23,7 @@ from pertoken.core.card import card
 
 FRAMEWORK = (
     "answers",
+    "canvas_probes",
     "catalogue",
     "claims",
     "code_tasks",

@@ -22,14 +22,14 @@ from pertoken.models.load import resolve
 from pertoken.zoo.filters import filter_name
 
 DIALS: dict[str, tuple[float, ...]] = {
-    "learn2pd": (0.3, 0.5, 0.7, 0.8, 0.9, 0.96, 0.99),
-    "threshold": (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99),
-    "factor": (0.05, 0.1, 0.25, 0.5, 1.0, 1.5),
+    "learn2pd": (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.96, 0.99),
+    "threshold": (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
+    "factor": (0.1, 0.25, 0.5, 0.75, 1.0, 1.5),
     "entropy_bound": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
-    "schedule": (2, 4, 8),
-    "margin": (2, 4, 8),
-    "entropy": (2, 4, 8),
-    "random_commit": (2, 4, 8),
+    "schedule": (4, 2),
+    "margin": (4, 2),
+    "entropy": (4, 2),
+    "random_commit": (4, 2),
 }
 ADAPTIVE = ("learn2pd", "threshold", "factor", "entropy_bound")
 
@@ -60,12 +60,14 @@ def ruled(bench: Bench, name: str, dial: float, length: int, **more: Any) -> Den
 
 
 def tasks(bench: Bench) -> list[Task]:
-    return [diffusion.functions(bench, 64 if bench.quick else 128, 48, 4), diffusion.unit_tests(bench, 48, 4)]
+    """Function bodies and unit tests."""
+    length = 64 if bench.quick else 128
+    return [diffusion.functions(bench, length, 32, 3), diffusion.unit_tests(bench, 32, 3, length)]
 
 
 def sweep(bench: Bench, task: Task, name: str) -> list[Point]:
-    """A commit rule at all of its settings, cheapest dial first; for adaptive rules, one commit per step as well."""
-    dials = DIALS[name][1::3] if bench.quick else DIALS[name]
+    """A commit rule at all of its settings; for adaptive rules, at one commit per step as well."""
+    dials = DIALS[name][1::2] if bench.quick else DIALS[name]
     decoders = {f"{name} {dial:g}": ruled(bench, name, dial, task.length) for dial in dials}
     found = diffusion.points(bench, task, decoders)
     return found + ([diffusion.exact(bench, task)] if name in ADAPTIVE else [])

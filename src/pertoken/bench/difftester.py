@@ -34,7 +34,8 @@ from pertoken.denoise.threshold import Threshold
 
 TIGHT, WIDE = 72, 288  # positions; the tests of every prompt fit the first
 STEPS = {TIGHT: 36, WIDE: 72}
-PLAIN = Schedule(alg_temp=0.2, sharpened=True)
+TEMPERATURE, DRAWN = 0.5, 0.05
+PLAIN = Schedule(alg_temp=DRAWN, sharpened=True)
 SHARES, RAW, TAUS = (0.0, 0.005, 0.01, 0.02), (0.3, 0.5, 0.7, 0.9), (0.5, 0.7, 0.8, 0.9, 0.95)
 KEPT = 0.95  # of the base's coverage: what counts as equal
 COLUMNS = "steps, distinct tests, of these true, share of lines that are tests, diversity, extra commits"
@@ -164,8 +165,8 @@ def prompts(bench: Bench, language: str = "python") -> tuple[str, ...]:
     return bench.shared(("difftester prompts", language), make)
 
 
-def tester(bench: Bench, base: CommitRule = PLAIN, **options: Any) -> DiffTester:
-    return DiffTester(diffusion.loaded(bench).tokenizer, base, **options)
+def tester(bench: Bench, base: CommitRule = PLAIN, share: float | None = DRAWN, **options: Any) -> DiffTester:
+    return DiffTester(diffusion.loaded(bench).tokenizer, base, share=share, **options)
 
 
 def write(
@@ -185,7 +186,7 @@ def write(
                 f"{type(commit).__name__}, {language}, canvas {length}, {many} rows: {len(found)} prompts done"
             )
             inputs = about.batch([prompt for prompt in part for _ in range(many)])
-            ids = suite.generate(about.model, inputs, length, decoder, do_sample=True, temperature=1.0, top_k=0)
+            ids = suite.generate(about.model, inputs, length, decoder, do_sample=True, temperature=TEMPERATURE, top_k=0)
             lines = about.tokenizer.batch_decode(ids, skip_special_tokens=True)
             found += [tuple(lines[i * many : (i + 1) * many]) for i in range(len(part))]
             sums["row_steps"] += decoder.stats.row_steps
@@ -202,13 +203,15 @@ def write(
 
 
 def ablation(bench: Bench, length: int) -> dict[str, Written]:
-    """The base sampler, with either part, and with both."""
+    """The base sampler, with either part, with both, and with both where decided lines are compared too."""
     parts: dict[str, tuple[CommitRule, bool]] = {
         "plain": (PLAIN, False),
         "fill": (PLAIN, True),
         "lines": (tester(bench), False),
         "both": (tester(bench), True),
     }
+    if length == TIGHT:
+        parts["both, decided lines too"] = tester(bench, templates="all"), True
     return {name: write(bench, commit, fill, length) for name, (commit, fill) in parts.items()}
 
 

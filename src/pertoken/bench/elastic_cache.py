@@ -4,8 +4,7 @@ saves over refreshing by the clock, and how fast it is."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from itertools import pairwise
 from statistics import mean
 from typing import Any
@@ -14,21 +13,18 @@ import torch
 from torch import Tensor
 
 from pertoken.bench import diffusion, suite
+from pertoken.bench.canvas_probes import AXES, WINDOW, Compared, Probe, Probed, calibrated, correlation
 from pertoken.bench.claims import Bench, Measurement, claim
 from pertoken.bench.diffusion import Output, Point, Task
-from pertoken.denoise.canvas import Canvas
 from pertoken.denoise.dual_cache import DualCache
-from pertoken.denoise.elastic_cache import Drift, ElasticCache, similarity
+from pertoken.denoise.elastic_cache import ElasticCache
 from pertoken.denoise.ends import EndOfText
 from pertoken.denoise.fixed_interval import FixedInterval
 from pertoken.denoise.loop import Denoise
-from pertoken.denoise.model import DiffusionModel
 from pertoken.denoise.recompute import Recompute
 from pertoken.denoise.rules import RefreshRule
 from pertoken.denoise.threshold import Threshold
-from pertoken.denoise.watch import Watch
 
-WINDOW, EVERY = 16, 8
 GAMMAS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 INTERVALS = (2, 3, 5, 8, 12, 20, 40)
 
@@ -58,17 +54,19 @@ def share(out: Output) -> float:
     return out.whole_layers / (out.depth * out.row_steps)
 
 
+def settings(bench: Bench, name: str) -> Sequence[tuple[float, RefreshRule]]:
+    """Elastic-Cache over gamma, or the fixed interval over its length; every other one when quick."""
+    dials: tuple[float, ...] = GAMMAS if name == "elastic_cache" else INTERVALS
+    made = [(dial, ElasticCache(gamma=dial) if name == "elastic_cache" else FixedInterval(dial)) for dial in dials]
+    return made[1::2] if bench.quick else made
+
+
 def sweep(bench: Bench, name: str) -> list[tuple[float, Output, Point]]:
-    """Elastic-Cache over gamma, or the fixed interval over its length, against the uncached run."""
-    made: dict[str, tuple[tuple[float, ...], Callable[[float], RefreshRule]]] = {
-        "elastic_cache": (GAMMAS, lambda gamma: ElasticCache(gamma=gamma)),
-        "keys": (GAMMAS, lambda gamma: ElasticCache(gamma=gamma, axis="keys")),
-        "fixed_interval": (INTERVALS, FixedInterval),
-    }
-    (dials, make), found = made[name], []
-    for dial in dials[1::2] if bench.quick else dials:
+    """Every setting against the uncached run."""
+    found = []
+    for dial, rule in settings(bench, name):
         bench.status(f"{name} {dial:g}")
-        out = diffusion.decode(bench, task(bench), ruled(make(dial)))
+        out = diffusion.decode(bench, task(bench), ruled(rule))
         alike = diffusion.agreement(out.ids, uncached(bench).ids)
         place = Point(f"{name} {dial:g}", out.steps, layer_positions(out), alike.positions, alike.rows)
         found.append((dial, out, place))
@@ -83,13 +81,6 @@ def table(bench: Bench, *names: str) -> dict[str, Any]:
         ],
         "uncached forwards, positions": [uncached(bench).steps, layer_positions(uncached(bench))],
     }
-
-
-def correlation(a: Tensor, b: Tensor) -> float:
-    """Spearman's, ties in order."""
-    ranks = [x.flatten().argsort().argsort().double() for x in (a, b)]
-    one, other = (r - r.mean() for r in ranks)
-    return float((one * other).sum() / (one.norm() * other.norm()))
 
 
 @claim(
@@ -142,19 +133,57 @@ def agreement_rises(bench: Bench) -> Measurement:
     claim="At equal computation it agrees more with the uncached run than a fixed interval",
     metric="share of positions equal to the uncached run's, mean over settings",
     expected="> 1",
+)
+def agrees_more_than_the_clock(bench: Bench) -> Measurement:
+    mine, theirs = ([point for *_, point in sweep(bench, name)] for name in ("elastic_cache", "fixed_interval"))
+    full = Point("uncached", uncached(bench).steps, layer_positions(uncached(bench)), 1.0, 1.0)
+    pairs = at_equal_cost(mine, [*theirs, full])
+    detail = {"pairs": pairs} | table(bench, "elastic_cache", "fixed_interval")
+    return Measurement(*sides(pairs, "fixed_interval"), len(task(bench).prompts), detail)
+
+
+def at_equal_cost(mine: list[Point], theirs: list[Point]) -> list[tuple[float, float]]:
+    """Agreement of each of mine, and of mixtures of theirs that compute as many positions."""
+    pairs = [(point.agreement, diffusion.agreement_at(theirs, point.forwards, "forwards")) for point in mine]
+    return [pair for pair in pairs if math.isfinite(pair[1])]
+
+
+def sides(pairs: list[tuple[float, float]], baseline: str) -> tuple[float, str, float]:
+    return mean(pair[0] for pair in pairs), baseline, mean(pair[1] for pair in pairs)
+
+
+def fidelity(bench: Bench, name: str) -> list[Point]:
+    """Every setting's cost on a few prompts, with minus the mean divergence in place of agreement."""
+
+    def make() -> list[Point]:
+        part, found = Task("", task(bench).prompts[:12], task(bench).originals[:12], task(bench).length), []
+        for dial, rule in settings(bench, name):
+            bench.status(f"{name} {dial:g} beside the full model")
+            compared = Compared(rule)
+            out = diffusion.decode(bench, part, ruled(compared))
+            apart = float(torch.cat(compared.notes).mean())
+            found.append(Point(f"{name} {dial:g}", out.steps, layer_positions(out), -apart, share(out)))
+        return found
+
+    return bench.shared(("elastic fidelity", name), make)
+
+
+@claim(
+    "elastic_cache",
+    claim="At equal computation its predictions are nearer to those of the full model on the same canvas than those of "
+    "a fixed interval",
+    metric="nats of KL divergence per position of the window, mean over settings",
+    expected="< 1",
     shown=True,
 )
-def beats_the_clock(bench: Bench) -> Measurement:
-    clock = [point for *_, point in sweep(bench, "fixed_interval")]
-    full = Point("uncached", uncached(bench).steps, layer_positions(uncached(bench)), 1.0, 1.0)
-    pairs = [
-        (point.agreement, other)
-        for *_, point in sweep(bench, "elastic_cache")
-        if (other := diffusion.agreement_at([*clock, full], point.forwards, "forwards")) > 0
-    ]
-    detail = {"pairs": pairs} | table(bench, "elastic_cache", "fixed_interval")
-    mine, theirs = (mean(pair[side] for pair in pairs) for side in (0, 1))
-    return Measurement(mine, "fixed_interval", theirs, len(task(bench).prompts), detail)
+def nearer_than_the_clock(bench: Bench) -> Measurement:
+    mine, theirs = (fidelity(bench, name) for name in ("elastic_cache", "fixed_interval"))
+    pairs = [(-one, -other) for one, other in at_equal_cost(mine, theirs)]
+    detail = {
+        "pairs": pairs,
+        "label, forwards, positions computed, - divergence, refresh share": [p.plain for p in [*mine, *theirs]],
+    }
+    return Measurement(*sides(pairs, "fixed_interval"), len(task(bench).prompts[:12]), detail)
 
 
 @claim(
@@ -181,98 +210,6 @@ def quality(bench: Bench) -> Measurement:
     alike = diffusion.agreement(mine.ids, uncached(bench).ids)
     detail = {"share that parses": [q.parses for q in both], "agreement": alike.positions, "identical": alike.rows}
     return Measurement(both[0].likeness, "recompute", both[1].likeness, len(mine.ids), detail)
-
-
-@dataclass
-class Probe(Watch):
-    """Runs the rule's narrow forward, asks for everything from layer 0, and notes what the narrow one did not know.
-
-    Per step: sigma by axis, drift (1 - cosine, mean of keys and values, between this step and the last) of what would
-    have been reused, of the tracked and of all decided tokens, each `[layer, row]`; mass: attention of the window to
-    masks beyond twice its size, `[layer, row]`; shift: KL divergence of the window's predictions when the masks next
-    behind the window, and when as many at the far end of the canvas are reused, `[row]` each.
-    """
-
-    drift: Drift = field(default_factory=lambda: Drift(ElasticCache(window=WINDOW)))
-    notes: dict[str, list[Tensor]] = field(default_factory=dict)
-    old: Any = None
-
-    def wanted(self, canvas: Canvas) -> Tensor:
-        return self.drift.wanted(canvas)
-
-    def group(self, model: DiffusionModel, canvas: Canvas) -> int:
-        self.drift.group(model, canvas)
-        return model.depth
-
-    def before(self, model: DiffusionModel, canvas: Canvas, first: int, last: int) -> None:
-        assert model.states is not None and self.drift.tracked is not None
-        self.old = (model.cache.buffer.clone(), model.states[-1:].clone(), self.drift.tracked.clone())
-        self.drift.before(model, canvas, first, last)
-
-    def after(self, model: DiffusionModel, canvas: Canvas, first: int, last: int) -> Tensor:
-        now, seen = model.attention(canvas, self.drift.columns, first, last)
-        assert self.drift.old is not None
-        for axis in ("heads", "keys"):
-            self.note(axis, similarity(self.drift.old, now, seen, self.drift.real, axis))
-        return torch.zeros_like(canvas.step)
-
-    def finish(self, model: DiffusionModel, canvas: Canvas) -> None:
-        if self.old is not None:
-            self.look(model, canvas, *self.old)
-        self.old = None
-        self.drift.finish(model, canvas)
-
-    def look(self, model: DiffusionModel, canvas: Canvas, buffer: Tensor, outputs: Tensor, tracked: Tensor) -> None:
-        pairs = (x[..., :-1, :].transpose(3, 4).flatten(4) for x in (buffer, model.cache.buffer))
-        moved = 1 - torch.nn.functional.cosine_similarity(*pairs, dim=-1).mean(1)  # [layer, row, column]
-        last = canvas.decided_last
-        decided = canvas.valid & ~canvas.masked & ~last
-        asked = canvas.masked & canvas.in_block
-        for name, where in (
-            ("reused", canvas.valid & ~last & ~tracked & ~asked),
-            ("tracked", tracked & ~last),
-            ("decided", decided),
-        ):
-            self.note(name, moved.masked_fill(~where, 0).sum(-1) / where.sum(-1))
-        places = canvas.block_columns
-        read = model.attention(canvas, (places - model.shift).clamp(min=0), 0, model.depth)[0]
-        far = canvas.masked & (canvas.masked.long().cumsum(-1) > 2 * WINDOW)
-        asks = canvas.masked.gather(1, places)
-        mass = read.masked_fill(~far[:, None, None, : read.shape[-1]], 0).sum(-1).mean(2)
-        self.note("mass", mass.masked_fill(~asks, 0).sum(-1) / asks.sum(-1))
-        left = canvas.masked.sum(-1)
-        if int(canvas.step[0]) % EVERY or int(left.min()) < 3 * WINDOW:
-            return
-        rank = canvas.masked.long().cumsum(-1)
-        near = canvas.masked & (rank > WINDOW) & (rank <= 2 * WINDOW)
-        back = canvas.masked & (rank > left[:, None] - WINDOW)
-        exact = model.logits(places).log_softmax(-1)
-        for name, kept in (("near", near), ("far", back)):
-            other = DiffusionModel(model.stack.adapter, canvas, model.shift)
-            other.cache.buffer, other.states, other.known = buffer.clone(), outputs.clone(), canvas.valid.clone()
-            kept = kept | torch.nn.functional.pad(kept[:, : canvas.width - model.shift], (model.shift, 0))
-            other.forward(canvas, canvas.valid & ~kept)
-            changed = other.logits(places).log_softmax(-1)
-            self.note(name, (exact.exp() * (exact - changed)).sum(-1).mean(-1))
-
-    def note(self, name: str, value: Tensor) -> None:
-        self.notes.setdefault(name, []).append(value)
-
-    def select(self, rows: Tensor) -> None:
-        self.drift.select(rows)
-
-
-@dataclass(frozen=True)
-class Probed(RefreshRule):
-    """The uncached trajectory with a probe on it."""
-
-    probe: Probe
-
-    def plan(self, canvas: Canvas, upcoming: Tensor | None) -> Tensor:
-        return canvas.masked & canvas.in_block
-
-    def watch(self) -> Watch:
-        return self.probe
 
 
 def notes(bench: Bench) -> dict[str, Tensor]:
@@ -352,44 +289,31 @@ def heads_or_keys(bench: Bench) -> Measurement:
     return Measurement(ranks("heads"), "keys", ranks("keys"), int(good.sum()), detail)
 
 
-AXES = ("heads", "keys")
-
-
-def calibrated(sigma: Tensor, wanted: float) -> float:
-    """The gamma at which a share of `wanted` of the layers `[layer, step]` lies behind a layer that fails its test."""
-    depth = len(sigma)
-    for gamma in sigma.flatten().sort().values[:: max(sigma.numel() // 500, 1)]:
-        stale = sigma < gamma
-        first = torch.where(stale.any(0), stale.int().argmax(0) + 1, depth)
-        if float((depth - first).double().mean()) / depth >= wanted:
-            return float(gamma)
-    return 1.0
-
-
 def speeds(bench: Bench, batch: int) -> dict[str, dict[str, Any]]:
-    """Tokens per second on the longest canvas, each side in its fastest dtype: with its cache, with none, and two other
-    ways to refresh."""
+    """Tokens per second on the longest canvas, each side in its fastest dtype: with this cache and with none and, in
+    full, two other ways to refresh."""
 
     def run() -> dict[str, dict[str, Any]]:
-        long = task(bench) if bench.quick else diffusion.functions(bench, 384, 48, 4)
+        long = diffusion.functions(bench, 160 if bench.quick else 384, 48, 8)
         rules = {
             "elastic_cache": ruled(ElasticCache()),
             "recompute": ruled(Recompute()),
             "fixed_interval": ruled(FixedInterval()),
             "dual_cache": ruled(DualCache(), sliding=None, block=32),
         }
+        names, dtypes = (list(rules)[:2], ("fp32",)) if bench.quick else (list(rules), ("fp32", "bf16"))
         groups = {
             name: [
-                diffusion.side(diffusion.loaded(bench, dtype), f"{name} {dtype}", rule, long.length)
-                for dtype in ("fp32", "bf16")
+                diffusion.side(diffusion.loaded(bench, dtype), f"{name} {dtype}", rules[name], long.length)
+                for dtype in dtypes
             ]
-            for name, rule in rules.items()
+            for name in names
         }
-        texts, about = list(long.prompts), diffusion.loaded(bench)
-        count = {1: 3, 8: 2}[batch] if bench.quick else {1: 15, 8: 8}[batch]
-        batches = [(texts * batch)[batch * i : batch * (i + 1)] for i in range(count)]
+        count, trial = ({1: 3, 8: 1}[batch], 0) if bench.quick else ({1: 15, 8: 8}[batch], 3)
+        texts, about = list(long.prompts) * batch, diffusion.loaded(bench)
+        batches = [about.batch(texts[batch * i : batch * (i + 1)]) for i in range(count)]
         bench.status(f"racing, batch {batch}")
-        return suite.race(groups, [about.batch(part) for part in batches], trial=1 if bench.quick else 3)
+        return suite.race(groups, batches, trial)
 
     return bench.shared(("elastic speeds", batch), run)
 

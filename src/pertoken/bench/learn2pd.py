@@ -103,7 +103,7 @@ def rules_beat_random(bench: Bench) -> Measurement:
             if name == "random_commit":
                 continue
             mine = sweep(bench, task, name)
-            for share in (2, 4):
+            for share in (2,) if bench.quick else (2, 4):
                 value = diffusion.agreement_at(mine, task.length / share)
                 if value > float("-inf"):  # an adaptive rule's cheapest setting may be dearer than this
                     base = diffusion.agreement_at(control, task.length / share)
@@ -218,15 +218,13 @@ def oracle_headroom(bench: Bench) -> Measurement:
 
 def too_long(bench: Bench, when: Any, cost: str) -> Measurement:
     """The end-of-text rule on a canvas of 256 for bodies of at most 64 tokens, against the canvas that fits."""
-    task = diffusion.functions(bench, 64, 48, 6)
-    found = {}
-    for length in (64, 256):
+    fits = 32 if bench.quick else 64
+    task, found = diffusion.functions(bench, fits, 48, 4), {}
+    for length in (fits, 4 * fits):
         for label, canvas in {"with": EndOfText(when), "without": None}.items():
-            if (length, label) == (256, "without") and bench.quick:
-                continue
             decoder = ruled(bench, "learn2pd", 0.96, length, canvas=canvas)
             found[length, label] = diffusion.decode(bench, task.on(length), decoder)
-    long, fitting = found[256, "with"], found[64, "with"]
+    long, fitting = found[4 * fits, "with"], found[fits, "with"]
     detail = {
         f"canvas {length}, {label} it (forwards, positions computed, likeness)": [
             round(out.steps, 2),

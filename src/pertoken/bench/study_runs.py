@@ -55,7 +55,7 @@ def grid(bench: Bench, task: str) -> dict[str, list[Setting]]:
     fast += [replace(base, block=None, steps=n) for n in (1, 2, 4)]
     made["fast"] = [*fast, base.twin]
     made["full"] = [replace(base, steps=base.canvas), base.twin]
-    made["ends"] = [s for s in made["canvas"] if s.canvas in (64, 128 if bench.quick else LONGEST)]
+    made["ends"] = [s for s in made["canvas"] if s.canvas in (64, LONGEST)]
     return made
 
 

@@ -181,8 +181,9 @@ class _Run:
         upcoming = self.commit.upcoming(canvas, self._quota(canvas.masked & canvas.in_block))
         planned = self.refresh.plan(canvas, upcoming) & canvas.valid
         computed = self.model.forward(canvas, planned)
-        self.stats.token_layers += int(self.model.work.sum())
-        self.stats.whole_layers += int(self.model.whole.sum())
+        work, whole = torch.stack([self.model.work.sum(), self.model.whole.sum()]).tolist()
+        self.stats.token_layers += work
+        self.stats.whole_layers += whole
         guess = self._guess(computed)
         chosen = self.commit.choose(guess, canvas) & guess.masked
         stuck = ~chosen.any(-1)

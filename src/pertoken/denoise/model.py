@@ -28,7 +28,7 @@ class Block:
     slots: Tensor
     positions: Tensor
     rows: Tensor | None
-    masks: dict[int | None, Tensor | None]
+    masks: dict[int | None, Tensor]
 
 
 class DiffusionModel(CanvasModel):

@@ -22,7 +22,7 @@ class LayerPolicy(Policy):
 
     Where the tokens of one forward differ, the layer runs and the others keep their input. The first layer always runs:
     transformers reads the length of the context from its cache. uniform: every token of every forward runs the same
-    layers, so that they are decided once per attachment where nothing is recorded or replayed.
+    layers, so that where nothing is recorded or replayed they are decided once, and only those passed over are touched.
     """
 
     budget: Budget = Budget(fraction=0.5)
@@ -34,9 +34,16 @@ class LayerPolicy(Policy):
         adapter = adapter_for(model)
         depth = adapter.depth
 
+        if self.uniform and not attachment.taped:
+            one = torch.ones(1, 1, dtype=torch.bool, device=adapter.device)
+            decision = attachment.decide(SITE, View(valid=one, layers=depth))
+            assert isinstance(decision, Depth)
+            for layer, runs in zip(adapter.layers, decision.layers[0, 0].tolist(), strict=True):
+                if not runs:
+                    attachment.wrap(layer, passed_over)
+            return
+
         def observe(view: View) -> None:
-            if self.uniform and attachment.state and not attachment.taped:
-                return
             decision = attachment.decide(SITE, view)
             assert isinstance(decision, Depth)
             layers = decision.layers
@@ -82,6 +89,11 @@ class LayerPolicy(Policy):
         attachment.wrap(adapter.base, around_base)
         for index, layer in enumerate(adapter.layers):
             attachment.set_attribute(layer, "forward", around_layer(index, layer.forward))
+
+
+def passed_over(forward: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """In place of a layer that no token runs."""
+    return hidden
 
 
 def same_layers(view: View, kept: list[int]) -> Depth:

@@ -31,9 +31,10 @@ def queries_seen(adapter: Adapter, sink: Callable[[int, Tensor, float | None], N
         scaling = kwargs.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         sink(module.layer_idx, query * scaling, kwargs.get("softcap"))
-        inner = TABLE.get_interface(
-            usual, getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        )
+        if usual == "eager":
+            inner = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
+        else:
+            inner = TABLE[usual]
         return inner(module, query, key, value, mask, **kwargs)
 
     with ExitStack() as changes:

@@ -98,8 +98,8 @@ class ModuleStack(Stack):
 
     def run(self, hidden, positions, cache, masks, first, last, states=None):
         rotary = self.adapter.rotary(hidden, positions)
-        wanted = isinstance(cache, SlotCache) and cache.queries is not None
-        with queries_seen(self.adapter, cache.observe) if wanted else nullcontext():
+        observe = cache.observe if isinstance(cache, SlotCache) and cache.queries is not None else None
+        with nullcontext() if observe is None else queries_seen(self.adapter, observe):
             for index in range(first, last):
                 hidden = self.adapter.run_layer(index, hidden, masks[self.windows[index]], positions, rotary, cache)
                 if states is not None:

@@ -123,7 +123,7 @@ def _fill(fill: Fill) -> dict[str, Any]:
     firsts = {step: line.first for line in picture.lines for step in range(line.first, line.last + 1)}
     tokens = []
     for place, piece, step in fill.text:
-        told = f"committed at step {step} of {fill.steps}, computed {again[place]} times after it"
+        told = f"committed at step {step} of {fill.steps}, computed {again[place]}× after it"
         token = {
             "text": printable(piece),
             "kind": FILLED if step else UNKNOWN,

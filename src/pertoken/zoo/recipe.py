@@ -121,7 +121,7 @@ class FilterRecipe:
     block: int = 32
     length: int = 128
     batch: int = 16
-    batches: int = 10
+    batches: int = 5
     longest_prompt: int = 64
     layers: tuple[int, ...] = (2, 1)
     steps: int = 10_000

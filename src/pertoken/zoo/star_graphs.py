@@ -5,10 +5,10 @@ arm passes through the centre at a random index below its length - 2, so that th
 lies ahead; in the symmetric one all arms start at it and are of the greater length. The answer is arm 0 from its start
 to its goal (ILM's `star_small` and `vstar` sets, arXiv 2505.05755). Node names are random, of `names`.
 
-A row is `[CLS, u v of every edge in random order, start, goal, gap marker, answer]`. The answer is the nodes of the path
-in order; with `pairs`, as in the paper, u v of its edges. In pairs every inner node occurs twice, so an insertion
-model, whose target counts what is missing, values a node that is one of two as highly as the goal, which is certain;
-the paper trains it until it knows the path (50,000 steps), the nodes alone need a tenth of that.
+A row is `[CLS, u v of every edge in random order, start, goal, gap marker, answer]`. The answer is the path's nodes
+in order; with `pairs`, as in the paper, u v of its edges. There every inner node occurs twice, so an insertion
+model, whose target counts what is missing, values a node that is one of two as highly as the goal, which is certain.
+The paper trains for 50,000 steps.
 """
 
 from __future__ import annotations
