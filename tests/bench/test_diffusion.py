@@ -12,7 +12,7 @@ from pertoken.bench import diffusion
 from pertoken.bench.answers import judge, likeness, parses, passes, true_lines
 from pertoken.bench.claims import Bench
 from pertoken.bench.diffusion import Loaded, Point, Task, agreement, agreement_at, cost_at, counted, front
-from pertoken.bench.dkv_cache import Changes, NoDelay, RandomRefresh
+from pertoken.bench.dkv_cache import Changes, NoDelay, RandomRefresh, followed, same_guesses
 from pertoken.bench.learn2pd import by_the_letter
 from pertoken.denoise.dkv_cache import DKVCache
 from pertoken.denoise.loop import REFRESH, Denoise
@@ -163,6 +163,18 @@ def test_without_the_delay_a_decided_position_is_not_computed_again(about):
         computed[name] = [int(step.decision.spent().sum()) for step in trace.at(REFRESH)]
     assert computed["late"][:2] == [20, 20] and computed["at once"][:2] == [20, 15]
     assert computed["late"][2:] == [n + 1 for n in computed["at once"][2:]]
+
+
+def test_guesses_are_compared_along_the_uncached_run(about):
+    bench, task = Bench(), TASK.on(32)
+    bench.cache["diffusion", diffusion.MODEL, "fp32"] = about
+    assert same_guesses(bench, task, DKVCache(1)) == 1.0
+    late, at_once = (same_guesses(bench, task, rule) for rule in (DKVCache(32), NoDelay(32)))
+    assert late < 1 and at_once < 1
+    run = followed(bench, task)
+    for (_, masked, chosen), (_, same_masked, same_chosen) in zip(run, followed(bench, task, NoDelay(32)), strict=True):
+        assert torch.equal(masked, same_masked) and torch.equal(chosen, same_chosen)
+    assert sum(int(chosen.sum()) for _, _, chosen in run) == 3 * 32
 
 
 def test_the_random_control_computes_as_many_positions(about):

@@ -297,7 +297,8 @@ class _Run:
             except (AttributeError, TypeError) as error:
                 raise BadRequest(
                     f"{type(processor).__name__} asks for the text so far ({error}); a diffusion model fills a canvas "
-                    "in any order. Leave it out; temperature, top_k, top_p, min_p and suppress_tokens look at scores alone"
+                    "in any order. Leave it out; temperature, top_k, top_p, min_p and suppress_tokens look at scores "
+                    "alone"
                 ) from error
         return flat.view_as(plain)
 
