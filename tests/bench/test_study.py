@@ -8,13 +8,11 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from pertoken.bench import results, study_images
 from pertoken.bench.claims import Bench, claims_of
 from pertoken.bench.diffusion import Loaded
-from pertoken.bench.study_runs import BASE, LONGEST, NAME, TAIL, grid, rows, stream_of, window_losses
+from pertoken.bench.study_runs import BASE, LONGEST, NAME, TAIL, grid, rows, window_losses
 from pertoken.denoise.study import Outcome, Study
 from pertoken.methods import load_methods
 from tests.contract.conftest import FAMILIES
@@ -65,14 +63,6 @@ def test_losses_of_windows_by_the_letter(causal):
     found = window_losses(Loaded(model, None), ids, hidden, batch=2)
     for row in range(5):
         assert float(found[row]) == pytest.approx(naive_loss(model, ids[row], hidden[row], causal), rel=1e-4)
-
-
-def test_a_stream_has_no_padding_even_if_the_tokenizer_was_padding_before():
-    backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(9)}, unk_token="w2"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="w1", pad_token="w0")
-    tokenizer(["w3", "w3 w4 w5"], padding=True)
-    assert stream_of(tokenizer, ["w3 w4", "w5", "w6 w7 w8"]).tolist() == [3, 4, 1, 5, 1, 6, 7, 8, 1]
 
 
 @pytest.fixture(scope="module")

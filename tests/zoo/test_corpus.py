@@ -176,3 +176,13 @@ def test_a_token_too_large_for_the_keys_is_named():
 )
 def test_repeated_four_grams_by_hand(outputs, share):
     assert repeated_four_grams(outputs) == pytest.approx(share)
+
+
+def test_a_tokenizer_that_has_padded_gives_the_same_stream():
+    from pertoken.models.load import load
+
+    tokenizer = load("zoo:code-draft")[1]
+    texts = ["x = 1\n", "def f(a, b):\n    return a + b\n"]
+    before = corpus.token_stream(tokenizer.backend_tokenizer, texts)
+    assert tokenizer(texts, padding=True)["input_ids"]
+    assert corpus.token_stream(tokenizer.backend_tokenizer, texts).tolist() == before.tolist()

@@ -60,9 +60,9 @@ def ruled(bench: Bench, name: str, dial: float, length: int, **more: Any) -> Den
 
 
 def tasks(bench: Bench) -> list[Task]:
-    """Function bodies and unit tests."""
+    """Code to be gone on with, and unit tests."""
     length = 64 if bench.quick else 128
-    return [diffusion.functions(bench, length, 32, 3), diffusion.unit_tests(bench, 32, 3, length)]
+    return [diffusion.excerpts(bench, length, 32, 3), diffusion.unit_tests(bench, 32, 3, length)]
 
 
 def sweep(bench: Bench, task: Task, name: str) -> list[Point]:

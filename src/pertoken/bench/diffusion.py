@@ -114,10 +114,15 @@ def _unit_tests(tokenizer: Any, length: int, count: int) -> Task:
     return _task("unit tests", found[:count], length, tests=True)
 
 
-def excerpts(bench: Bench, length: int, full: int, quick: int) -> Task:
-    """Excerpts of held-out files of about 128 tokens, to be gone on with: no originals."""
-    found = tuple(suite.texts(bench, full, quick))
-    return Task("excerpts of held-out files", found, ("",) * len(found), length)
+def excerpts(bench: Bench, length: int, full: int, quick: int, whole: bool = False) -> Task:
+    """Excerpts of held-out files to be gone on with, of about 64 tokens, or 128 if whole: no originals."""
+    found = tuple(text if whole else _latter(text) for text in suite.texts(bench, full, quick))
+    return Task(f"held-out code behind {128 if whole else 64} tokens", found, ("",) * len(found), length)
+
+
+def _latter(text: str) -> str:
+    """The second half of a text, from the start of a line."""
+    return text[text.find("\n", len(text) // 2) + 1 :] or text
 
 
 def _task(name: str, pairs: list[tuple[str, str]], length: int, tests: bool = False) -> Task:

@@ -29,8 +29,8 @@ NEVER = 10**6
 INTERVALS = (2, 4, 8, 16, NEVER)
 
 
-def functions(bench: Bench) -> Task:
-    return diffusion.functions(bench, 64 if bench.quick else 128, 32, 4)
+def code(bench: Bench) -> Task:
+    return diffusion.excerpts(bench, 64 if bench.quick else 128, 32, 4)
 
 
 def tests(bench: Bench) -> Task:
@@ -57,7 +57,7 @@ def label(interval: int) -> str:
     compare="value",
 )
 def renewed_always_is_exact(bench: Bench) -> Measurement:
-    task = diffusion.functions(bench, 64, 16, 4)
+    task = diffusion.excerpts(bench, 64, 16, 4)
     order = RandomCommit(bench.seed)
     sides = {
         "decode": (Denoise(refresh=DKVCache(1)), Denoise()),
@@ -131,7 +131,7 @@ def same_guesses(bench: Bench, task: Task, refresh: RefreshRule) -> float:
 
 def delays(bench: Bench) -> dict[int, tuple[float, float]]:
     """For each interval the share of same guesses with and without the delay."""
-    task, intervals = functions(bench), (2, 8) if bench.quick else INTERVALS
+    task, intervals = code(bench), (2, 8) if bench.quick else INTERVALS
     return {n: (same_guesses(bench, task, DKVCache(n)), same_guesses(bench, task, NoDelay(n))) for n in intervals}
 
 
@@ -147,7 +147,7 @@ def delay_helps(bench: Bench) -> Measurement:
     found = delays(bench)
     late, at_once = found[8]
     detail = {"same guesses, late and at once": {label(n): both for n, both in found.items()}}
-    return Measurement(1 - late, "no delay", 1 - at_once, len(functions(bench).prompts), detail)
+    return Measurement(1 - late, "no delay", 1 - at_once, len(code(bench).prompts), detail)
 
 
 @claim(
@@ -159,7 +159,7 @@ def delay_helps(bench: Bench) -> Measurement:
 def delay_saves_more(bench: Bench) -> Measurement:
     gains = {n: late - at_once for n, (late, at_once) in delays(bench).items()}
     detail = {"saved": {label(n): gain for n, gain in gains.items()}}
-    return Measurement(gains[8], "every 2 steps", gains[2], len(functions(bench).prompts), detail)
+    return Measurement(gains[8], "every 2 steps", gains[2], len(code(bench).prompts), detail)
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ class _Mover(Watch):
     expected="> 2",
 )
 def change_is_largest_at_decision(bench: Bench) -> Measurement:
-    task, rule = diffusion.functions(bench, 64, 16, 4), Changes()
+    task, rule = diffusion.excerpts(bench, 64, 16, 4), Changes()
     diffusion.decode(bench, task, Denoise(refresh=rule, block=BLOCK))
     moved, decided = (torch.cat(parts) for parts in zip(*rule.moved, strict=True))
     at, else_ = moved[decided], moved[~decided]
@@ -240,7 +240,7 @@ def by_interval(bench: Bench, task: Task) -> dict[int, Point]:
     compare="value",
 )
 def changes_grow(bench: Bench) -> Measurement:
-    found, task = delays(bench), functions(bench)
+    found, task = delays(bench), code(bench)
     ordered = [found[a][0] >= found[b][0] for a, b in pairwise(found)]
     detail: dict[str, Any] = {"same guesses": {label(n): late for n, (late, _) in found.items()}}
     detail["label, forwards, positions, agreement of whole outputs, identical"] = [
@@ -277,7 +277,7 @@ def quality_is_kept(bench: Bench) -> Measurement:
     shown=True,
 )
 def beats_few_steps(bench: Bench) -> Measurement:
-    task = functions(bench)
+    task = code(bench)
     return fewer_steps(bench, task, {label(n): cached(n) for n in by_interval(bench, task)}, Schedule())
 
 
@@ -319,7 +319,7 @@ class RandomRefresh(RefreshRule):
     expected="> 1",
 )
 def beats_random_refresh(bench: Bench) -> Measurement:
-    task, n = functions(bench), 4 if bench.quick else 8
+    task, n = code(bench), 4 if bench.quick else 8
     both = {"dkv_cache": cached(n), "random": Denoise(refresh=RandomRefresh(n, bench.seed), block=BLOCK)}
     mine, control = diffusion.points(bench, task, both)
     detail = {"label, forwards, positions, agreement, identical": [mine.plain, control.plain]}
@@ -352,7 +352,7 @@ def speeds(bench: Bench, length: int) -> dict[str, dict[str, Any]]:
     """Tokens per second at batch 1 on a canvas of `length`, each side at its fastest dtype and interval."""
 
     def run() -> dict[str, dict[str, Any]]:
-        task = diffusion.excerpts(bench, length, 10, 3)
+        task = diffusion.excerpts(bench, length, 10, 3, whole=True)
         inputs = [diffusion.loaded(bench).batch([prompt]) for prompt in task.prompts]
         trial = 1 if bench.quick else 2
         return suite.race(sides(bench, length, ("fp32",) if bench.quick else ("fp32", "bf16")), inputs, trial)
@@ -365,7 +365,7 @@ def raced(bench: Bench, group: str, base: str, decoder: Callable[[int], Denoise]
     length = 128 if bench.quick else 256
     results = speeds(bench, length)
     setting = results[group]["setting"].split()
-    task, options = diffusion.excerpts(bench, length, 16, 2), {"dtype": setting[-1], "eos_token_id": None}
+    task, options = diffusion.excerpts(bench, length, 16, 2, whole=True), {"dtype": setting[-1], "eos_token_id": None}
     outs = [diffusion.decode(bench, task, one, **options).ids for one in (decoder(int(setting[1])), plain)]
     found = suite.ratio_of(results, group, base)
     stated = {"canvas": length, "agreement at this setting": diffusion.agreement(*outs, end=None).positions}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pertoken.bench import diffusion
 from pertoken.bench.claims import Bench, Measurement, claim
 from pertoken.bench.diffusion import BLOCK
-from pertoken.bench.dkv_cache import NEVER, fewer_steps, functions, greedy, raced
+from pertoken.bench.dkv_cache import NEVER, code, fewer_steps, greedy, raced
 from pertoken.denoise.loop import Denoise
 from pertoken.denoise.random_commit import RandomCommit
 
@@ -19,7 +19,7 @@ from pertoken.denoise.random_commit import RandomCommit
 )
 def greedy_beats_few_steps(bench: Bench) -> Measurement:
     decoders = {f"interval {n}": greedy(bench, n) for n in ((2,) if bench.quick else (2, 4, 8))}
-    return fewer_steps(bench, functions(bench), decoders, RandomCommit(bench.seed))
+    return fewer_steps(bench, code(bench), decoders, RandomCommit(bench.seed))
 
 
 @claim(
@@ -29,7 +29,7 @@ def greedy_beats_few_steps(bench: Bench) -> Measurement:
     expected="<= 1.1",
 )
 def greedy_is_constant(bench: Bench) -> Measurement:
-    task, found = diffusion.functions(bench, 64, 8, 2), {}
+    task, found = diffusion.excerpts(bench, 64, 8, 2), {}
     prompt = diffusion.loaded(bench).batch(task.prompts)["attention_mask"].sum(-1).float().mean()
     for length in (64, 256):
         out = diffusion.decode(bench, task.on(length), greedy(bench, NEVER), eos_token_id=None)

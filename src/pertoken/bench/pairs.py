@@ -58,8 +58,8 @@ def chosen(bench: Bench, task: Task) -> tuple[dict[str, Denoise], dict[str, Any]
 
 def racing(bench: Bench) -> tuple[list[dict[str, Tensor]], int]:
     """Prompts, one at a time, that did not serve for the choice of the pairs; and the canvas."""
-    task = tasks(bench)[0]
-    held = diffusion.functions(bench, task.length, 56, 9).prompts[len(task.prompts) :]
+    task = tasks(bench)[1]
+    held = diffusion.unit_tests(bench, 56, 9, task.length).prompts[len(task.prompts) :]
     return [diffusion.loaded(bench).batch([prompt]) for prompt in held], task.length
 
 
@@ -67,7 +67,7 @@ def speeds(bench: Bench) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Tokens per second of Fast-dLLM, of diffusers' pipeline and of the best pairs, all in turn; and the choice."""
 
     def run() -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-        decoders, detail = chosen(bench, tasks(bench)[0])
+        decoders, detail = chosen(bench, tasks(bench)[1])
         inputs, length = racing(bench)
         groups: dict[str, list[suite.Side]] = {"diffusers": [], "fast-dllm": []}
         groups |= {"pair": []} if decoders else {}

@@ -111,7 +111,9 @@ def tail_losses(bench: Bench) -> dict[str, Tensor]:
         from pertoken.zoo import corpus
 
         pair = {name: diffusion.loaded(bench, "bf16", name) for name in (diffusion.MODEL, diffusion.TWIN)}
-        stream = stream_of(pair[diffusion.MODEL].tokenizer, list(corpus.split_texts("heldout").values()))
+        stream = corpus.token_stream(
+            pair[diffusion.MODEL].tokenizer.backend_tokenizer, list(corpus.split_texts("heldout").values())
+        ).astype(np.int64)
         windows = corpus.windows(stream, LENGTHS[-1] - 1, 0, bench.seed)[: 8 if bench.quick else 48]
         ids = torch.from_numpy(windows)
         hidden = torch.rand(len(ids), TAIL, generator=torch.Generator().manual_seed(bench.seed)) < 0.5
@@ -120,13 +122,6 @@ def tail_losses(bench: Bench) -> dict[str, Tensor]:
         }
 
     return bench.shared((NAME, "tail losses"), make)
-
-
-def stream_of(tokenizer: Any, texts: Sequence[str]) -> np.ndarray:
-    """All texts as one stream of tokens, each followed by the end of text; whatever padding the tokenizer has been told
-    to add in the meantime."""
-    ids = tokenizer(list(texts), padding=False, truncation=False, verbose=False)["input_ids"]
-    return np.concatenate([np.array([*row, tokenizer.eos_token_id], dtype=np.int64) for row in ids])
 
 
 @torch.inference_mode()
