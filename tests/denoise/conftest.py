@@ -11,10 +11,10 @@ torch.set_num_threads(1)
 MASK, END = 60, 1
 
 
-def bidirectional(family: str, layers: int = 3):
+def bidirectional(family: str, layers: int = 3, seed: int = 1):
     """A random model of the family that reads both ways, whose mask token is `MASK`."""
     with torch.random.fork_rng():
-        torch.manual_seed(1)  # whatever ran before
+        torch.manual_seed(seed)  # whatever ran before
         model = FAMILIES[family](layers).eval()
     model.config.is_causal, model.config.mask_token_id = False, MASK
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0

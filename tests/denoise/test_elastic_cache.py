@@ -36,8 +36,7 @@ FLAT = {"gemma2": 0.99}  # random weights read almost evenly: similarities are h
 
 @pytest.fixture(scope="module")
 def llama():
-    torch.manual_seed(5)
-    return bidirectional("llama", 4)
+    return bidirectional("llama", 4, seed=5)
 
 
 def elastic(shift=0, commit=None, canvas=None, **options):
@@ -246,8 +245,7 @@ def test_inputs_are_kept_while_keys_are_reused(llama):
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_row_does_not_depend_on_its_batch(levels, family, shift):
-    torch.manual_seed(3)
-    model, inputs = bidirectional(family, 4), prompts(7, 3, 12)
+    model, inputs = bidirectional(family, 4, seed=3), prompts(7, 3, 12)
     decoder = elastic(shift, gamma=FLAT.get(family, 0.85))
     together = fill(model, inputs, decoder, LENGTH)
     assert any(len(set(step.values())) > 1 for step in levels), "rows must have got different decisions"
@@ -484,9 +482,8 @@ def test_an_empty_prompt_has_nothing_to_track_and_is_refreshed(llama):
 
 @pytest.mark.parametrize("shift", [0, 1])
 def test_bf16(shift):
-    torch.manual_seed(2)
     for family in ("llama", "gemma2", "gpt2"):
-        model = bidirectional(family, 4).to(torch.bfloat16)
+        model = bidirectional(family, 4, seed=2).to(torch.bfloat16)
         decoder = elastic(shift, gamma=FLAT.get(family, 0.85))
         out = fill(model, prompts(7, 3, 12), decoder, LENGTH)
         assert not (out == MASK).any()

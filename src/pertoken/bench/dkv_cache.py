@@ -41,8 +41,9 @@ def cached(interval: int) -> Denoise:
     return Denoise(refresh=DKVCache(interval), block=BLOCK)
 
 
-def greedy(bench: Bench, interval: int = 2) -> Denoise:
-    return Denoise(RandomCommit(bench.seed), DKVCacheGreedy(interval), block=BLOCK)
+def greedy(interval: int = 2, rule: CommitRule | None = None) -> Denoise:
+    """By confidence, with the window around what was decided last, or with another commit rule."""
+    return Denoise(rule or Schedule(), DKVCacheGreedy(interval), block=BLOCK)
 
 
 def label(interval: int) -> str:
@@ -327,16 +328,11 @@ def beats_random_refresh(bench: Bench) -> Measurement:
 
 
 def sides(bench: Bench, length: int, dtypes: tuple[str, ...]) -> dict[str, list[suite.Side]]:
-    """Uncached, Decode and Greedy at their paces; Greedy and its own uncached twin go in random order."""
-    order = RandomCommit(bench.seed)
+    """Uncached, Decode and Greedy, all by confidence, at their intervals."""
     contenders = {
         "uncached": {"uncached": Denoise(block=BLOCK)},
         "decode": {f"interval {n}": cached(n) for n in ((8,) if bench.quick else (8, 16, NEVER))},
-        "random order uncached": {"random order": Denoise(order, block=BLOCK)},
-        "greedy": {
-            f"interval {n}": Denoise(order, DKVCacheGreedy(n), block=BLOCK)
-            for n in ((2,) if bench.quick else (2, 4, 8))
-        },
+        "greedy": {f"interval {n}": greedy(n) for n in ((2,) if bench.quick else (2, 4, 8))},
     }
     return {
         group: [
@@ -360,14 +356,16 @@ def speeds(bench: Bench, length: int) -> dict[str, dict[str, Any]]:
     return bench.shared(("dkv_cache speeds", length), run)
 
 
-def raced(bench: Bench, group: str, base: str, decoder: Callable[[int], Denoise], plain: Denoise) -> Measurement:
-    """Speed of a group over its uncached twin, and the agreement of its fastest setting with that."""
+def raced(bench: Bench, group: str, decoder: Callable[[int], Denoise]) -> Measurement:
+    """Speed of a group over no cache, and the agreement of its fastest setting with that."""
     length = 128 if bench.quick else 256
     results = speeds(bench, length)
     setting = results[group]["setting"].split()
     task, options = diffusion.excerpts(bench, length, 16, 2, whole=True), {"dtype": setting[-1], "eos_token_id": None}
-    outs = [diffusion.decode(bench, task, one, **options).ids for one in (decoder(int(setting[1])), plain)]
-    found = suite.ratio_of(results, group, base)
+    outs = [
+        diffusion.decode(bench, task, one, **options).ids for one in (decoder(int(setting[1])), Denoise(block=BLOCK))
+    ]
+    found = suite.ratio_of(results, group, "uncached")
     stated = {"canvas": length, "agreement at this setting": diffusion.agreement(*outs, end=None).positions}
     return replace(found, detail=found.detail | stated)
 
@@ -381,7 +379,7 @@ def raced(bench: Bench, group: str, base: str, decoder: Callable[[int], Denoise]
     shown=True,
 )
 def twice_as_fast(bench: Bench) -> Measurement:
-    return raced(bench, "decode", "uncached", cached, Denoise(block=BLOCK))
+    return raced(bench, "decode", cached)
 
 
 @claim(
