@@ -476,6 +476,6 @@ def test_half_precision_works(letters):
     small = bidirectional("llama").bfloat16()
     inputs = {name: value.expand(2, -1) for name, value in prompts(6).items()}
     decoder = Denoise(DiffTester(letters, threshold=0.0, parser=flat), block=None)
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     assert fill(small, inputs, decoder, length=16, do_sample=True).shape == (2, 16)
     assert decoder.stats.steps < 16
