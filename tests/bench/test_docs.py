@@ -139,3 +139,9 @@ def test_zoo_models_are_known_by_name():
     assert catalogue.recipe("code-draft").teacher == "code-target"
     with pytest.raises(ValueError, match="did you mean code-draft"):
         catalogue.recipe("code-draf")
+
+
+def test_defaults_read_the_same_in_every_process():
+    assert docs._shown(frozenset({"b", "a", "c"})) == "{'a', 'b', 'c'}"
+    assert docs._shown(lambda text: None) == "a function"
+    assert docs._shown(0.5) == "0.5"

@@ -110,16 +110,23 @@ def _settings(own: Card) -> list[tuple[str, str, str]]:
     found = []
     if not dataclasses.is_dataclass(own.build):
         for one in inspect.signature(own.build).parameters.values():
-            default = "required" if one.default is one.empty else f"`{one.default}`"
+            default = "required" if one.default is one.empty else f"`{_shown(one.default)}`"
             kind = "" if one.annotation is one.empty else f"`{one.annotation}`"
             found.append((f"`{one.name}`", kind, default))
         return found
     for one in dataclasses.fields(own.build):
         given = one.default is not dataclasses.MISSING
         made = one.default_factory is not dataclasses.MISSING
-        default = f"`{one.default}`" if given else "made for each" if made else "required"
+        default = f"`{_shown(one.default)}`" if given else "made for each" if made else "required"
         found.append((f"`{one.name}`", f"`{one.type}`", default))
     return found
+
+
+def _shown(default: Any) -> str:
+    """A default as text that is the same in every process."""
+    if isinstance(default, (set, frozenset)):
+        return f"{{{', '.join(sorted(map(repr, default)))}}}"
+    return "a function" if inspect.isfunction(default) else str(default)
 
 
 def _claims(one: dict[str, Any]) -> str:
