@@ -299,10 +299,10 @@ def test_methods_get_the_filter_and_the_tokenizer(kinds, tmp_path):
 
 def test_the_zoo_has_filters_by_size_of_block(kinds, tmp_path, monkeypatch):
     monkeypatch.setattr("pertoken.zoo.WEIGHTS", tmp_path)
-    (tmp_path / "code-diffusion").mkdir()
-    (tmp_path / "code-diffusion" / "filter-32.safetensors").touch()
+    (tmp_path / "code-filter").mkdir()
+    (tmp_path / "code-filter" / "filter-32.safetensors").touch()
     names = ["dense", "learn2pd+dual_cache"]
-    kept = str(tmp_path / "code-diffusion" / "filter-32.safetensors")
+    kept = str(tmp_path / "code-filter" / "filter-32.safetensors")
     assert default_filter("zoo:code-diffusion", names, 32) == kept
     assert default_filter("zoo:code-diffusion", names, 16) is None
     assert default_filter("zoo:code-diffusion", ["threshold"], 32) is None

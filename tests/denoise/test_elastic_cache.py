@@ -150,6 +150,19 @@ def test_full_refresh_is_no_cache_bit_for_bit(llama, outputs, commit, canvas, sh
     assert not all(one.equal(other) for one, other in zip(outputs, reference, strict=False))
 
 
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_whole_refresh_leaves_nothing_old(llama, levels, shift):
+    inputs, plain = prompts(6, 10), Denoise(Threshold(TAU), sliding=WINDOW, shift=shift)
+    always, sometimes = (elastic(shift, gamma=gamma, whole=True) for gamma in (1.5, 0.6))
+    assert fill(llama, inputs, always, LENGTH).equal(fill(llama, inputs, plain, LENGTH))
+    assert always.stats.whole_layers == 4 * always.stats.row_steps
+    levels.clear()
+    together = fill(llama, inputs, sometimes, LENGTH)
+    assert {level for step in levels for level in step.values()} == {0, 4}
+    for row in range(2):
+        assert fill(llama, alone(inputs, row), sometimes, LENGTH)[0].tolist() == together[row].tolist()
+
+
 class At(Watch):
     """Widens row r from layer `layers[r]` on, by the row's number in the batch."""
 

@@ -7,13 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from pertoken.cli import app
 from pertoken.core.errors import BadRequest
 from pertoken.denoise.learn2pd import Filter, Learn2PD
 from pertoken.denoise.loop import Denoise
 from pertoken.zoo import corpus, filters
 from pertoken.zoo.filters import collect, filter_name, judged, train_filters, training_prompts
-from pertoken.zoo.recipe import FilterRecipe
+from pertoken.zoo.recipe import FILTERS, FilterRecipe
 from tests.bench import toys
 
 torch.set_num_threads(1)
@@ -44,7 +46,7 @@ def test_prompts_are_of_both_kinds_and_of_like_lengths(about):
 
 
 def test_every_fifth_batch_is_kept_from_training(about):
-    seen, held = collect(replace(TINY, batch=1), *about, lambda text: None)
+    seen, held = collect(replace(TINY, batch=1), about[0], about[1], lambda text: None)
     whole = filters.records(about[0], [_inputs(about, prompts) for prompts in _batches(about)], 8, 4)
     assert len(held[0]) > 0 and len(seen[0]) + len(held[0]) == len(whole[0])
     first, last = (filters.records(about[0], [_inputs(about, _batches(about)[n])], 8, 4)[0] for n in (0, 5))
@@ -98,3 +100,11 @@ def test_the_papers_filter_has_the_plain_name():
         "filter-32-1.safetensors",
         "filter-32-4.safetensors",
     ]
+
+
+def test_the_command_trains_filters(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(filters, "train_filters", lambda *given: asked.append(given[:4]) or [tmp_path / "f"])
+    found = CliRunner().invoke(app, ["zoo", "train", "code-filter", "--out", str(tmp_path), "--steps", "3"])
+    assert found.exit_code == 0 and f"filter: {tmp_path / 'f'}" in found.output
+    assert asked == [("code-filter", tmp_path / "code-filter", FILTERS["code-filter"], 3)]

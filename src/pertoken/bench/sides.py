@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pertoken.core.card import Card, card, cards
@@ -150,14 +149,15 @@ def default_draft(model_name: str, names: list[str]) -> str | None:
 
 
 def default_filter(model_name: str, names: list[str], block: int) -> str | None:
-    """For a zoo model and methods that need a filter: the one shipped with it for this size of blocks."""
+    """For a zoo model and methods that need a filter: the one shipped for it and this size of blocks."""
     own = model_name.removeprefix("zoo:")
     if own == model_name or not needed("filter", names):
         return None
     from pertoken.zoo import WEIGHTS
+    from pertoken.zoo.recipe import FILTERS
 
-    path: Path = WEIGHTS / own / f"filter-{block}.safetensors"
-    return str(path) if path.is_file() else None
+    kept = (WEIGHTS / name / f"filter-{block}.safetensors" for name, one in FILTERS.items() if one.model == own)
+    return next((str(path) for path in kept if path.is_file()), None)
 
 
 def needed(what: str, names: list[str]) -> bool:

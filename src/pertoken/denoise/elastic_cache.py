@@ -16,6 +16,9 @@ s_l[key] = sum over heads and the window's queries. sigma is tested with all of 
   reads, takes it over the keys of each head. A gamma does not carry over from one to the other.
 - gamma=inf refreshes from the first layer at every step: no cache. A finite gamma above 1 is not that: layer 0 never
   fails its own test, and what enters layer 1 outside Q stays old.
+- whole=True, not in the paper, refreshes a stale row from its first layer. Otherwise what layer 0 makes of tokens
+  outside Q is never renewed after the first forward, however often deeper layers are: in a shallow model that is much
+  of what there is to renew.
 - far=False computes all undecided positions at every step (the code's block_caching=False); still only W is committed.
 
 What differs: rows of a batch refresh each for itself. Layers are run in groups and tested together, which saves
@@ -67,7 +70,8 @@ class ElasticCache(RefreshRule):
     """Refresh the layers behind the first whose attention has drifted; compute a sliding window otherwise.
 
     window: undecided positions of the sliding block, None for the loop's own blocks; gamma: similarity below which a
-    layer is stale; track: tokens per layer; group: layers per test, None for as many as memory allows.
+    layer is stale; track: tokens per layer; whole: a stale row is refreshed from the first layer on; group: layers per
+    test, None for as many as memory allows.
     """
 
     window: int | None = 16
@@ -75,6 +79,7 @@ class ElasticCache(RefreshRule):
     track: int = 1
     axis: Axis = "heads"
     far: bool = True
+    whole: bool = False
     group: int | None = None
     full: ClassVar[dict[str, Any]] = {"gamma": torch.inf}
     beside: ClassVar[dict[str, Any]] = {"commit": Threshold(0.9), "canvas": EndOfText()}
@@ -137,7 +142,8 @@ class Drift(Watch):
         sigma = similarity(self.old, now, seen, self.real, self.rule.axis)
         self.sigma.append(sigma)
         stale = sigma < self.rule.gamma
-        return torch.where(stale.any(0), first + 1 + stale.int().argmax(0), model.depth)
+        level = first + 1 + stale.int().argmax(0)
+        return torch.where(stale.any(0), torch.zeros_like(level) if self.rule.whole else level, model.depth)
 
     def finish(self, model: DiffusionModel, canvas: Canvas) -> None:
         places = canvas.block_columns
