@@ -16,7 +16,9 @@ from pertoken.bench.answers import likeness, parses, passes, true_lines
 from pertoken.bench.execute import Limits, execute
 from pertoken.zoo.unit_tests import MAKERS, TEMPLATES, Template, unit_tests
 
-UNSEEN = 10**6  # unit tests with seeds from here on are in no training data
+# unit tests with seeds from 10**6 on are in no training data; those from there to here were looked at when the claims'
+# measures were chosen
+UNSEEN = 2 * 10**6
 CHECKS = 12
 
 

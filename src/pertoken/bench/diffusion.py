@@ -19,11 +19,11 @@ from torch import Tensor
 from pertoken.bench import suite
 from pertoken.bench.answers import Quality, judge
 from pertoken.bench.claims import Bench
+from pertoken.bench.code_tasks import UNSEEN
 from pertoken.denoise.loop import Denoise
 
 MODEL, TWIN = "code-diffusion", "code-twin"
 BLOCK = 32
-UNSEEN = 10**6  # unit tests with seeds from here on are in no training data
 LONGEST_PROMPT = 64  # tokens: with a canvas of 128 as long as the rows of training
 COUNTS = ("steps", "row_steps", "token_forwards", "tokens", "seconds", "token_layers", "whole_layers")
 

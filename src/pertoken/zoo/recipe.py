@@ -153,7 +153,7 @@ class Zoo:
             "code-twin-base": _base("answering"),
             "code-twin": _answering("answering", "code-twin-base"),
             "code-insertion": replace(
-                _answering("insertion", "code-target", batch=26, length=188), answers=0.4, tests=0.3, steps=2000
+                _answering("insertion", "code-target", batch=26, length=188), answers=0.4, tests=0.3
             ),
         }
     )
