@@ -3,7 +3,7 @@
 import torch
 from hypothesis import strategies as st
 
-from pertoken.core.decision import KINDS, Allow, Assign, Commit, Decision, Depth, Keep, Weight
+from pertoken.core.decision import KINDS, Assign, Commit, Decision, Depth, Keep, Select, Weight
 
 
 @st.composite
@@ -28,8 +28,8 @@ def decisions(draw, kind: type[Decision] | None = None) -> Decision:
         return Depth(valid, flags(batch, tokens, extra))
     if kind is Weight:
         return Weight(valid, torch.randn(batch, tokens, generator=generator))
-    if kind is Allow:
-        return Allow(valid, flags(batch, tokens, extra))
+    if kind is Select:
+        return Select(valid, numbers(batch, tokens, 2, extra), torch.ones(batch, dtype=torch.long))
     assert kind is Commit
     return Commit(
         valid,

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pertoken.core.decision import KINDS, Allow, Assign, Commit, Decision, Depth, Keep, Weight
+from pertoken.core.decision import KINDS, Assign, Commit, Decision, Depth, Keep, Select, Weight
 from tests.core.strategies import decisions
 
 COUNTED = list(KINDS.values())
@@ -23,7 +23,7 @@ def poisoned(decision: Decision) -> Decision:
     return dataclasses.replace(decision, **changed)
 
 
-@pytest.mark.parametrize("kind", COUNTED)
+@pytest.mark.parametrize("kind", [kind for kind in COUNTED if kind is not Select])  # its keys lie on no token axis
 @given(data=st.data())
 def test_spent_ignores_padding(kind, data):
     decision = data.draw(decisions(kind))
@@ -49,7 +49,8 @@ def test_what_each_kind_spends():
     assert Assign(valid, torch.tensor([[4, 4, -1, 7]])).spent().tolist() == [1]
     assert Depth(valid, torch.ones(1, 4, 3, dtype=torch.bool)).spent().tolist() == [9]
     assert Weight(valid, torch.tensor([[0.5, 0.25, 0.0, float("nan")]])).spent().tolist() == [0.75]
-    assert Allow(valid, torch.ones(1, 4, 5, dtype=torch.bool)).spent().tolist() == [15]
+    index = torch.tensor([[[[0, -1]], [[0, 1]]]])  # two runs of two queries: the second has one real query
+    assert Select(valid, index, torch.tensor([2])).spent().tolist() == [2 * 1 + 1 * 2]
 
 
 def test_decisions_are_frozen():
@@ -60,7 +61,7 @@ def test_decisions_are_frozen():
 
 def test_every_kind_is_listed_under_its_name():
     assert {kind.kind for kind in KINDS.values()} == set(KINDS)
-    assert set(KINDS) == {"keep", "assign", "depth", "weight", "allow", "commit"}
+    assert set(KINDS) == {"keep", "assign", "depth", "weight", "select", "commit"}
 
 
 @pytest.mark.parametrize("valid", [torch.ones(1, 3), torch.ones(3, dtype=torch.bool)])
@@ -77,24 +78,32 @@ BAD = {
     "weight that is whole": lambda: Weight(TRUE, torch.ones(2, 3, dtype=torch.long)),
     "layers without a layer axis": lambda: Depth(TRUE, TRUE),
     "layers that are not bool": lambda: Depth(TRUE, torch.ones(2, 3, 4)),
-    "another batch": lambda: Allow(TRUE, torch.ones(3, 3, 4, dtype=torch.bool)),
+    "another batch": lambda: Keep(torch.ones(3, 3, dtype=torch.bool), TRUE),
 }
 
 
 @pytest.mark.parametrize("make", BAD.values(), ids=BAD.keys())
 def test_malformed_decisions_are_refused(make):
-    with pytest.raises(ValueError, match=r"keep|assign|weight|depth|allow"):
+    with pytest.raises(ValueError, match=r"keep|assign|weight|depth|select"):
         make()
 
 
+WHOLE = torch.zeros(2, 1, 1, 4, dtype=torch.long)
+
+
 @pytest.mark.parametrize(
-    "allow",
-    [torch.ones(2, 3, 4), torch.ones(2, 5, 4, dtype=torch.bool), torch.ones(2, 3, dtype=torch.bool)],
-    ids=["not bool", "another query length", "no key axis"],
+    ("index", "length"),
+    [
+        (WHOLE.int(), WHOLE[:, 0, 0, 0]),
+        (WHOLE[0], WHOLE[:, 0, 0, 0]),
+        (WHOLE, torch.ones(2)),
+        (WHOLE[:1], WHOLE[0, 0, 0]),
+    ],
+    ids=["not int64", "no group axis", "length that is float", "another batch"],
 )
-def test_malformed_allow_is_refused(allow):
-    with pytest.raises(ValueError, match="allow"):
-        Allow(TRUE, allow)
+def test_malformed_select_is_refused(index, length):
+    with pytest.raises(ValueError, match="select"):
+        Select(TRUE, index, length)
 
 
 def commit(**changed: torch.Tensor) -> Commit:

@@ -121,22 +121,31 @@ class Weight(Decision):
 
 
 @dataclass(frozen=True)
-class Allow(Decision):
-    """Which keys each query reads. allow `[batch, query, key]` bool; valid is on the query axis."""
+class Select(Decision):
+    """Which keys each query reads. From a row's first real query on, queries fall into runs that share their keys.
 
-    allow: Tensor
-    kind: ClassVar[str] = "allow"
+    index `[batch, run, group, chosen]` int, columns of keys, -1 for none; one group for all heads, or one per key head.
+    length `[batch]` int: queries per run, the last one may have fewer. valid is on the query axis.
+    """
+
+    index: Tensor
+    length: Tensor
+    kind: ClassVar[str] = "select"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.allow.dtype != torch.bool or self.allow.ndim != 3 or self.allow.shape[:2] != self.valid.shape:
+        if self.index.ndim != 4 or self.index.dtype != torch.long or self.length.dtype != torch.long:
             raise ValueError(
-                f"allow.allow must be bool [batch, query, key] over valid {list(self.valid.shape)}, got "
-                f"{self.allow.dtype} {list(self.allow.shape)}"
+                f"select.index must be int64 [batch, run, group, chosen] and length int64 [batch], got "
+                f"{self.index.dtype} {list(self.index.shape)} and {self.length.dtype}"
             )
 
     def spent(self) -> Tensor:
-        return (self.allow & self.valid[..., None]).sum((-1, -2))
+        """`[batch]` keys read, summed over queries; where groups differ, of the group that reads most."""
+        kept = (self.index >= 0).sum(-1).amax(-1)
+        starts = torch.arange(kept.shape[1], device=kept.device) * self.length[:, None]
+        queries = (self.valid.sum(-1, keepdim=True) - starts).clamp(min=0).minimum(self.length[:, None])
+        return (kept * queries).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -169,4 +178,4 @@ class Commit(Decision):
 
 
 SOURCES = ("model", "ngram", "exit")
-KINDS: dict[str, type[Decision]] = {c.kind: c for c in (Keep, Assign, Depth, Weight, Allow, Commit)}
+KINDS: dict[str, type[Decision]] = {c.kind: c for c in (Keep, Assign, Depth, Weight, Select, Commit)}
