@@ -29,7 +29,7 @@ def decisions(draw, kind: type[Decision] | None = None) -> Decision:
     if kind is Weight:
         return Weight(valid, torch.randn(batch, tokens, generator=generator))
     if kind is Select:
-        return Select(valid, numbers(batch, tokens, 2, extra), torch.ones(batch, dtype=torch.long))
+        return Select(valid, numbers(batch, 2, tokens, extra), torch.ones(batch, dtype=torch.long))
     assert kind is Commit
     return Commit(
         valid,

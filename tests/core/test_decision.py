@@ -49,7 +49,7 @@ def test_what_each_kind_spends():
     assert Assign(valid, torch.tensor([[4, 4, -1, 7]])).spent().tolist() == [1]
     assert Depth(valid, torch.ones(1, 4, 3, dtype=torch.bool)).spent().tolist() == [9]
     assert Weight(valid, torch.tensor([[0.5, 0.25, 0.0, float("nan")]])).spent().tolist() == [0.75]
-    index = torch.tensor([[[[0, -1]], [[0, 1]]]])  # two runs of two queries: the second has one real query
+    index = torch.tensor([[[[0, -1], [0, 1]]]])  # two runs of two queries: the second has one real query
     assert Select(valid, index, torch.tensor([2])).spent().tolist() == [2 * 1 + 1 * 2]
 
 

@@ -38,13 +38,14 @@ def inputs(seed, rows=2, kv_heads=2, each=2, groups=1, runs=3, length=2, keys=11
     st.integers(1, 13),
     st.booleans(),
     st.sampled_from([None, 2.0]),
+    st.booleans(),
 )
-def test_it_is_the_definition(seed, rows, heads, shared, runs, length, chosen, bias, softcap):
+def test_it_is_the_definition(seed, rows, heads, shared, runs, length, chosen, bias, softcap, turn):
     kv_heads, each = heads
     given_ = inputs(seed, rows, kv_heads, each, 1 if shared else kv_heads, runs, length, 13, chosen, 4, bias)
-    assert torch.allclose(
-        fast.selected_attention(*given_, softcap), naive.selected_attention(*given_, softcap), atol=1e-5
-    )
+    angles = torch.arange(given_[3].shape[-1])[:, None] * torch.tensor([1.0, 0.1, 1.0, 0.1])
+    given_ += (softcap, (angles.cos(), angles.sin()) if turn else None)
+    assert torch.allclose(fast.selected_attention(*given_), naive.selected_attention(*given_), atol=1e-5)
 
 
 @pytest.mark.parametrize("length", [2, 9])

@@ -1,8 +1,8 @@
 """Attach a policy to a model, and undo it exactly. This is the only code that changes a model.
 
-A mechanism changes a model through two tools, each of which knows how to take its change back: `wrap` (an
-instance-level `forward` around a module's own) and `set_attribute`. A fingerprint of the model taken before and after
-proves the undo.
+A mechanism changes a model through three tools, each of which knows how to take its change back: `wrap` (an
+instance-level `forward` around a module's own), `set_attribute` and, for transformers' tables, `set_item`. A
+fingerprint of the model taken before and after proves the undo.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import json
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,8 +58,10 @@ def fingerprint(model: nn.Module, deep: bool = False) -> dict[str, str]:
         prints["generation config"] = json.dumps(generation.to_dict(), sort_keys=True, default=str)
     tables = sys.modules.get("transformers.modeling_utils")
     if tables is not None:
-        table = tables.ALL_ATTENTION_FUNCTIONS
-        prints["attention table"] = repr(sorted((k, id(table[k])) for k in table.valid_keys()))
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+        for name, table in (("", tables.ALL_ATTENTION_FUNCTIONS), (" mask", ALL_MASK_ATTENTION_FUNCTIONS)):
+            prints[f"attention{name} table"] = repr(sorted((k, id(table[k])) for k in table.valid_keys()))
     return prints
 
 
@@ -107,9 +109,36 @@ class Attachment:
         own[name] = value
         self._undo.append(undo)
 
+    def set_item(self, table: MutableMapping[str, Any], key: str, value: Any) -> None:
+        """Set an entry of a table, remembering whether it had one."""
+        before = table.get(key, _ABSENT)
+
+        def undo() -> None:
+            table.pop(key) if before is _ABSENT else table.__setitem__(key, before)
+
+        table[key] = value
+        self._undo.append(undo)
+
     def on_forward(self, observer: Callable[[View], None]) -> None:
         """Call `observer` with the view of each forward before its first layer runs."""
         self._observers.append(observer)
+
+    def announce(self, base: nn.Module, layers: int) -> None:
+        """Begin a forward whenever `base` runs, the module of a transformers model that runs its `layers` layers."""
+
+        def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            ids = kwargs.get("input_ids", args[0] if args else None)
+            if ids is None:
+                ids = kwargs["inputs_embeds"][..., 0]
+            mask = kwargs.get("attention_mask")
+            if torch.is_tensor(mask) and mask.ndim == 2:
+                valid = mask[:, -ids.shape[1] :].bool()
+            else:
+                valid = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device)
+            self.begin(View(valid=valid, layers=layers))
+            return forward(*args, **kwargs)
+
+        self.wrap(base, around)
 
     def begin(self, view: View) -> None:
         """Announce a forward; called by whatever runs the model."""

@@ -124,7 +124,7 @@ class Weight(Decision):
 class Select(Decision):
     """Which keys each query reads. From a row's first real query on, queries fall into runs that share their keys.
 
-    index `[batch, run, group, chosen]` int, columns of keys, -1 for none; one group for all heads, or one per key head.
+    index `[batch, group, run, chosen]` int, columns of keys, -1 for none; one group for all heads, or one per key head.
     length `[batch]` int: queries per run, the last one may have fewer. valid is on the query axis.
     """
 
@@ -136,13 +136,13 @@ class Select(Decision):
         super().__post_init__()
         if self.index.ndim != 4 or self.index.dtype != torch.long or self.length.dtype != torch.long:
             raise ValueError(
-                f"select.index must be int64 [batch, run, group, chosen] and length int64 [batch], got "
+                f"select.index must be int64 [batch, group, run, chosen] and length int64 [batch], got "
                 f"{self.index.dtype} {list(self.index.shape)} and {self.length.dtype}"
             )
 
     def spent(self) -> Tensor:
         """`[batch]` keys read, summed over queries; where groups differ, of the group that reads most."""
-        kept = (self.index >= 0).sum(-1).amax(-1)
+        kept = (self.index >= 0).sum(-1).amax(1)
         starts = torch.arange(kept.shape[1], device=kept.device) * self.length[:, None]
         queries = (self.valid.sum(-1, keepdim=True) - starts).clamp(min=0).minimum(self.length[:, None])
         return (kept * queries).sum(-1)

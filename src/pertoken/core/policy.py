@@ -25,12 +25,14 @@ class View:
     """What a policy may look at when it decides.
 
     valid `[batch, token]` bool: which tokens of this forward are real; layers: depth of the model; signals: tensors
-    with a leading `[batch, token]` that the mechanism measured, by name (see `core.signals`).
+    with a leading `[batch, token]` that the mechanism measured, by name (see `core.signals`); tree: the tokens are the
+    nodes of a token tree, not a text.
     """
 
     valid: Tensor
     layers: int
     signals: dict[str, Tensor] = field(default_factory=dict)
+    tree: bool = False
 
 
 class Policy(ABC):

@@ -57,18 +57,6 @@ class LayerPolicy(Policy):
             state["mixed"] = {index for index, some in enumerate(runs) if 0 < some < count}
             state["layers"] = layers
 
-        def around_base(forward: Any, *args: Any, **kwargs: Any) -> Any:
-            ids = kwargs.get("input_ids", args[0] if args else None)
-            if ids is None:
-                ids = kwargs["inputs_embeds"][..., 0]
-            mask = kwargs.get("attention_mask")
-            if torch.is_tensor(mask) and mask.ndim == 2:
-                valid = mask[:, -ids.shape[1] :].bool()
-            else:
-                valid = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device)
-            attachment.begin(View(valid=valid, layers=depth))
-            return forward(*args, **kwargs)
-
         nothing: set[int] = set()
 
         def around_layer(index: int, forward: Any) -> Any:
@@ -86,7 +74,7 @@ class LayerPolicy(Policy):
             return run
 
         attachment.on_forward(observe)
-        attachment.wrap(adapter.base, around_base)
+        attachment.announce(adapter.base, depth)
         for index, layer in enumerate(adapter.layers):
             attachment.set_attribute(layer, "forward", around_layer(index, layer.forward))
 

@@ -45,6 +45,10 @@ class Adapter(ABC):
         """The module without the head, whose forward runs the layers."""
 
     @abstractmethod
+    def attention(self, index: int) -> Any:
+        """The attention module of layer `index`."""
+
+    @abstractmethod
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor: ...
 
     @abstractmethod
@@ -119,6 +123,9 @@ class LlamaLike(Adapter):
     def base(self) -> nn.Module:
         return self.model.model
 
+    def attention(self, index: int) -> Any:
+        return self.layers[index].self_attn
+
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         return self.model.model.embed_tokens(ids)
 
@@ -156,6 +163,9 @@ class GPT2(Adapter):
     @property
     def base(self) -> nn.Module:
         return self.model.transformer
+
+    def attention(self, index: int) -> Any:
+        return self.layers[index].attn
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         inner = self.model.transformer

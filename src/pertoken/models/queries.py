@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from pertoken.core.attach import swapped
 from pertoken.models.adapter import Adapter
+from pertoken.models.attention import attention_configs, own_attention
 
 NAME = "pertoken_queries"
 
@@ -24,22 +24,17 @@ def queries_seen(adapter: Adapter, sink: Callable[[int, Tensor, float | None], N
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as TABLE
 
-    configs = {id(c): c for m in adapter.base.modules() if (c := getattr(m, "config", None)) is not None}
     usual = adapter.config._attn_implementation
 
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
         scaling = kwargs.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         sink(module.layer_idx, query * scaling, kwargs.get("softcap"))
-        if usual == "eager":
-            inner = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
-        else:
-            inner = TABLE[usual]
-        return inner(module, query, key, value, mask, **kwargs)
+        return own_attention(module, usual)(module, query, key, value, mask, **kwargs)
 
     with ExitStack() as changes:
         TABLE[NAME] = attention
         changes.callback(TABLE.__delitem__, NAME)
-        for config in configs.values():
+        for config in attention_configs(adapter):
             changes.enter_context(swapped(config, "_attn_implementation_internal", NAME))
         yield

@@ -70,14 +70,14 @@ class Stack(ABC):
         cache.open(start, positions, valid)
         if valid is None:
             valid = positions >= 0
-        self.announce(valid)
+        self.announce(valid, tree=allow is not None)
         hidden = self.embed(ids, positions)
         return self.run(hidden, positions, cache, self.masks(cache, allow), 0, last or self.adapter.depth, states)
 
-    def announce(self, valid: Tensor) -> None:
+    def announce(self, valid: Tensor, tree: bool = False) -> None:
         """Tell attached policies that a forward begins."""
         for attachment in active(self.adapter.model):
-            attachment.begin(View(valid=valid, layers=self.adapter.depth))
+            attachment.begin(View(valid=valid, layers=self.adapter.depth, tree=tree))
 
     @abstractmethod
     def run(

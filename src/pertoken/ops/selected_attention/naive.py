@@ -15,6 +15,7 @@ def selected_attention(
     scale: float,
     bias: Tensor | None = None,
     softcap: float | None = None,
+    turned: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """As `ops.selected_attention.torch`, where the arguments are described."""
     rows, heads, runs, length, _ = query.shape
@@ -29,7 +30,12 @@ def selected_attention(
                     for slot, column in enumerate(index[row, group, run].tolist()):
                         if not allowed[row, group, run, q, slot]:
                             continue
-                        score = (query[row, head, run, q].float() * key[row, kv, column].float()).sum() * scale
+                        read = key[row, kv, column].float()
+                        if turned is not None:
+                            cos, sin = (part[slot].float() for part in turned)
+                            half = len(cos) // 2
+                            read = read * cos + torch.cat((-read[half:], read[:half])) * sin
+                        score = (query[row, head, run, q].float() * read).sum() * scale
                         if softcap is not None:
                             score = softcap * torch.tanh(score / softcap)
                         if bias is not None:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pertoken.core.rotation import rotated
+
 GATHERED = 64 * 2**20  # bytes of keys gathered at once; more runs than fit are done in turn
 FEW = 16  # queries per key head up to which two plain products beat the fused kernel (on a CPU, in half precision, 4x)
 
@@ -19,6 +21,7 @@ def selected_attention(
     scale: float,
     bias: Tensor | None = None,
     softcap: float | None = None,
+    turned: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Output `[batch, heads, run, query, dim]` of queries that fall into runs which share their keys.
 
@@ -26,7 +29,8 @@ def selected_attention(
     chosen]` columns of keys, one set for all heads (groups 1) or one per key head; allowed `[batch, groups, run, query,
     chosen]` bool: which of them a query reads (a column that stands twice counts twice where both are allowed); scale
     of the scores; bias, as allowed or with one query for all, is added to the scores; softcap bounds their size before
-    that. A query that reads nothing gets zeros. Differentiable in query, key, value and bias.
+    that. turned: cosines and sines `[chosen, dim]` that chosen keys are turned by, by their places in the index (the
+    queries come turned). A query that reads nothing gets zeros. Differentiable in query, key, value and bias.
     """
     rows, heads, runs, length, dim = query.shape
     kv_heads, chosen = key.shape[1], index.shape[-1]
@@ -35,7 +39,7 @@ def selected_attention(
     each = rows * kv_heads * chosen * (dim + value.shape[-1]) * key.element_size()
     step = max(GATHERED // max(each, 1), 1)
     if step >= runs:
-        return _runs(query, key, value, index, allowed, scale, bias, softcap)
+        return _runs(query, key, value, index, allowed, scale, bias, softcap, turned)
     parts = [
         _runs(
             query[:, :, at : at + step],
@@ -46,6 +50,7 @@ def selected_attention(
             scale,
             None if bias is None else bias[:, :, at : at + step],
             softcap,
+            turned,
         )
         for at in range(0, runs, step)
     ]
@@ -61,15 +66,20 @@ def _runs(
     scale: float,
     bias: Tensor | None,
     softcap: float | None,
+    turned: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     rows, heads, runs, length, dim = query.shape
-    kv_heads, groups = key.shape[1], index.shape[1]
+    kv_heads = key.shape[1]
     each = heads // kv_heads
     row = torch.arange(rows, device=key.device)[:, None, None, None]
     head = torch.arange(kv_heads, device=key.device)[None, :, None, None]
     keys, values = key[row, head, index], value[row, head, index]  # [row, kv_head, run, chosen, dim]
+    if turned is not None:
+        keys = rotated(keys, *turned)
     asked = query.view(rows, kv_heads, each, runs, length, dim).transpose(2, 3).flatten(3, 4)
-    reads = allowed[:, :, :, None].expand(-1, -1, -1, each, -1, -1).flatten(3, 4)  # [row, group, run, each*query, chosen]
+    reads = (
+        allowed[:, :, :, None].expand(-1, -1, -1, each, -1, -1).flatten(3, 4)
+    )  # [row, group, run, each*query, chosen]
     added = None
     if bias is not None:
         added = bias[:, :, :, None].expand(-1, -1, -1, each, length, -1).flatten(3, 4)

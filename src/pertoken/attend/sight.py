@@ -1,0 +1,177 @@
+"""What the queries of one forward may read, and how they fall into runs that share their keys.
+
+A *column* is a place in the keys that attention is given, a *slot* a query of the forward. Nothing here is of the size
+[query, key] unless the mask that was given is: a causal mask is two numbers per row.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Sight(ABC):
+    """valid `[batch, key]` bool: real keys; real `[batch, query]` bool: real queries; plain: makes the mask that the
+    model's own attention takes, or None."""
+
+    def __init__(self, valid: Tensor, real: Tensor, plain: Callable[[], Any]):
+        self.valid, self.real, self._plain = valid, real, plain
+        self._runs: dict[int, Runs] = {}
+
+    @cached_property
+    def plain(self) -> Any:
+        """The mask for the model's own attention."""
+        return self._plain()
+
+    @property
+    def keys(self) -> int:
+        return self.valid.shape[1]
+
+    @property
+    def queries(self) -> int:
+        return self.real.shape[1]
+
+    def runs(self, length: int) -> Runs:
+        """The queries in runs of `length`, which begin at each row's first real query."""
+        length = max(min(length, self.queries), 1)
+        if length not in self._runs:
+            self._runs[length] = Runs(self, length)
+        return self._runs[length]
+
+    @abstractmethod
+    def seen(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """`[batch, run, key]`: keys that some query of a run may read, and keys that all may; slots `[batch, run,
+        query]`, -1 where there is none."""
+
+    @abstractmethod
+    def reads(self, slots: Tensor, index: Tensor) -> Tensor:
+        """`[batch, group, run, query, chosen]`: whether each query may read each chosen column of its run."""
+
+
+class Causal(Sight):
+    """Every query reads the real keys up to its own column, which is that of the first query and its slot."""
+
+    def __init__(self, valid: Tensor, first: int, queries: int, plain: Callable[[], Any]):
+        super().__init__(valid, valid[:, first : first + queries], plain)
+        self.first = first
+
+    def seen(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        column = torch.arange(self.keys, device=self.valid.device)
+        last = (slots.amax(-1) + self.first)[..., None]
+        first = (slots[..., 0] + self.first)[..., None]
+        return self.valid[:, None] & (column <= last), self.valid[:, None] & (column <= first)
+
+    def reads(self, slots: Tensor, index: Tensor) -> Tensor:
+        rows = torch.arange(len(index), device=index.device)[:, None, None, None]
+        real = self.valid[rows, index.clamp(min=0)] & (index >= 0)
+        return real[:, :, :, None] & (index[:, :, :, None] <= (slots + self.first)[:, None, :, :, None])
+
+
+class Masked(Sight):
+    """Queries read what a mask `[batch, 1, query, key]` lets them, bool or added to the scores."""
+
+    def __init__(self, mask: Tensor, real: Tensor | None = None):
+        seen = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2)[:, 0]
+        real = seen.any(-1) if real is None else real
+        super().__init__((seen & real[..., None]).any(1), real, lambda: mask)
+        self.mask = seen
+
+    def _of(self, slots: Tensor) -> Tensor:
+        """`[batch, run, query, key]`, all False where there is no query."""
+        rows = torch.arange(len(slots), device=slots.device)[:, None, None]
+        return self.mask[rows, slots.clamp(min=0)] & (slots >= 0)[..., None]
+
+    def seen(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        seen = self._of(slots)
+        return seen.any(2), (seen | (slots < 0)[..., None]).all(2) & seen.any(2)
+
+    def reads(self, slots: Tensor, index: Tensor) -> Tensor:
+        seen = self._of(slots)[:, None].expand(-1, index.shape[1], -1, -1, -1)
+        where = index.clamp(min=0)[:, :, :, None].expand(-1, -1, -1, slots.shape[-1], -1)
+        return seen.gather(-1, where) & (index >= 0)[:, :, :, None]
+
+
+class Runs:
+    """Queries in runs of `length`. slots `[batch, run, query]`: which query of the forward stands there, -1 for none;
+    some and all `[batch, run, key]`: keys that some query of the run may read, and that all may."""
+
+    def __init__(self, sight: Sight, length: int):
+        self.sight, self.length = sight, length
+        real, device = sight.real, sight.real.device
+        rows, queries = real.shape
+        count = -(-queries // length)
+        order = torch.arange(count * length, device=device).expand(rows, -1)
+        leads = real.int().argmax(-1, keepdim=True)  # 0 for a row without a real query
+        self.aligned = queries == count * length and (queries == 1 or not bool(leads.any()))
+        slots = order + leads
+        inside = slots < queries
+        slots = torch.where(inside, slots, -1)
+        inside = inside & real.gather(1, slots.clamp(min=0))
+        self.slots = torch.where(inside, slots, -1).view(rows, count, length)
+        if queries == 1:  # a row that is padding in a decoding step still has its one slot
+            self.slots = self.slots.clamp(min=0)
+        self.real = self.slots >= 0
+        self.some, self.all = sight.seen(self.slots)
+        self._kept: dict[tuple[int, int], Kept] = {}
+
+    @property
+    def count(self) -> int:
+        return self.slots.shape[1]
+
+    def split(self, queries: Tensor) -> Tensor:
+        """`[batch, heads, query, dim]` -> `[batch, heads, run, query, dim]`, zeros where there is no query."""
+        rows, heads, _, dim = queries.shape
+        if self.aligned:
+            return queries.view(rows, heads, self.count, self.length, dim)
+        where = self.slots.clamp(min=0).view(rows, 1, -1, 1).expand(-1, heads, -1, dim)
+        picked = queries.gather(2, where).view(rows, heads, self.count, self.length, dim)
+        return picked.masked_fill(~self.real[:, None, :, :, None], 0)
+
+    def join(self, out: Tensor) -> Tensor:
+        """`[batch, heads, run, query, dim]` -> `[batch, heads, query, dim]`, zeros at padding."""
+        rows, heads, _, _, dim = out.shape
+        flat = out.flatten(2, 3)
+        if self.aligned:
+            return flat
+        joined = flat.new_zeros(rows, heads, self.sight.queries + 1, dim)  # the last one takes what is no query
+        where = torch.where(self.real, self.slots, self.sight.queries).view(rows, 1, -1, 1).expand(-1, heads, -1, dim)
+        return joined.scatter(2, where, flat)[:, :, :-1]
+
+    def kept(self, sinks: int, recent: int) -> Kept:
+        """The keys that every run keeps: its first `sinks`, its last `recent`, and those that not all of it sees."""
+        if (sinks, recent) not in self._kept:
+            self._kept[sinks, recent] = Kept(self, sinks, recent)
+        return self._kept[sinks, recent]
+
+
+class Kept:
+    """index `[batch, run, kept]` columns in order, -1 for none; candidates `[batch, run, key]` bool: those between, of
+    which a method chooses; counts `[batch, run]` how many, most the largest of these."""
+
+    def __init__(self, runs: Runs, sinks: int, recent: int):
+        some = runs.some
+        rank = some.int().cumsum(-1)
+        total = rank[..., -1:]
+        kept = some & ((rank <= sinks) | (rank > total - recent) | ~runs.all)
+        self.candidates = some & ~kept
+        self.counts = self.candidates.sum(-1)
+        self.most = int(self.counts.max()) if self.counts.numel() else 0
+        self.index = packed(kept)
+        self.rank = rank
+
+
+def packed(chosen: Tensor) -> Tensor:
+    """`[..., key]` bool -> `[..., slot]` columns that are True, in order, then -1; as wide as the fullest needs."""
+    flat = chosen.flatten(0, -2)
+    counts = flat.sum(-1)
+    width = int(counts.max()) if len(counts) else 0
+    row, column = flat.nonzero(as_tuple=True)
+    index = torch.full((len(flat), width), -1, dtype=torch.long, device=flat.device)
+    starts = counts.cumsum(0) - counts
+    index[row, torch.arange(len(row), device=flat.device) - starts[row]] = column
+    return index.view(*chosen.shape[:-1], width)
