@@ -37,7 +37,7 @@ def ruled(refresh: RefreshRule, **more: Any) -> Denoise:
 
 def task(bench: Bench) -> Task:
     """Function bodies on a canvas that is long for this model."""
-    return diffusion.functions(bench, 64 if bench.quick else 256, 48, 3)
+    return diffusion.functions(bench, 64 if bench.quick else 256, 32, 3)
 
 
 def uncached(bench: Bench) -> Output:
@@ -162,7 +162,7 @@ def fidelity(bench: Bench, name: str) -> list[Point]:
     """Every setting on a few prompts: positions computed per forward, and minus the mean divergence as agreement."""
 
     def make() -> list[Point]:
-        part, found = Task("", task(bench).prompts[:12], task(bench).originals[:12], task(bench).length), []
+        part, found = Task("", task(bench).prompts[:8], task(bench).originals[:8], task(bench).length), []
         for dial, rule in settings(bench, name):
             bench.status(f"{name} {dial:g} beside the full model")
             compared = Compared(rule)
@@ -182,7 +182,7 @@ def nearer(bench: Bench, name: str, baseline: str) -> Measurement:
         "pairs": pairs,
         "label, forwards, positions per forward, - divergence, refresh share": [p.plain for p in [*mine, *theirs]],
     }
-    return Measurement(*sides(pairs, baseline), len(task(bench).prompts[:12]), detail)
+    return Measurement(*sides(pairs, baseline), len(task(bench).prompts[:8]), detail)
 
 
 @claim(

@@ -23,7 +23,7 @@ from pertoken.zoo.star_graphs import END, Graphs, StarGraphs, StarRecipe, traine
 
 MODEL, MASKED = "code-insertion", "code-diffusion"
 TASK = StarGraphs(degree=2, arms=(4, 6), names=14)
-SIZE = {"width": 64, "layers": 4, "steps": 3000}
+SIZE = {"width": 64, "layers": 4, "steps": 8000}
 LONGEST = 8  # missing tokens
 PREFIX, SUFFIX = 64, 32  # tokens of context
 
