@@ -20,7 +20,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from pertoken.core.card import cards
+from pertoken.core.card import card, cards
 from pertoken.methods import load_methods
 
 transformers.logging.set_verbosity_error()
@@ -62,8 +62,14 @@ FAMILIES = {
     ),
 }
 LAYERS = 4
-DECODERS = [name for name, card in cards().items() if card.shape == "decoder" and card.question == "decode"]
-POLICIES = [name for name, card in cards().items() if card.shape == "policy"]
+DECODERS = [name for name, one in cards().items() if one.shape == "decoder" and one.question == "decode"]
+POLICIES = [name for name, one in cards().items() if one.shape == "policy"]
+
+
+def built(name):
+    """A policy at a setting under which it decides something about a dozen tokens."""
+    build = card(name).build
+    return build(**getattr(build, "small", {}))
 
 
 @pytest.fixture(autouse=True)

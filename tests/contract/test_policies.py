@@ -15,13 +15,7 @@ from pertoken.core.card import card
 from pertoken.core.cost import count_flops
 from pertoken.core.errors import BadRequest
 from pertoken.core.trace import Trace
-from tests.contract.conftest import POLICIES
-
-
-def built(name):
-    """A policy at a setting under which it decides something about a dozen tokens."""
-    build = card(name).build
-    return build(**getattr(build, "small", {}))
+from tests.contract.conftest import POLICIES, built
 
 
 @pytest.fixture(params=POLICIES)
@@ -44,6 +38,29 @@ def logits(model, ids, mask):
         return model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits
 
 
+def continued(model, ids, mask):
+    """Logits of the prompt and of three tokens after it, one at a time."""
+    found, cache = [], None
+    with torch.inference_mode():
+        for step in range(4):
+            if step:
+                ids, mask = (ids[:, -1:] + step) % 61, torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            out = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            found.append(out.logits)
+    return torch.cat(found, 1)
+
+
+def spent(model, ids, mask, what):
+    """Operations of a forward, or numbers that its cache holds afterwards."""
+    if what == "operations":
+        return count_flops(lambda: logits(model, ids, mask))
+    with torch.inference_mode():
+        cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+    return sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+
+
 def test_full_budget_is_the_identity(target, policy, prompts):
     ids, mask = prompts
     expected, ids_out = logits(target, ids, mask), target.generate(ids, attention_mask=mask, max_new_tokens=8)
@@ -53,24 +70,24 @@ def test_full_budget_is_the_identity(target, policy, prompts):
 
 
 def test_undo_is_exact(target, policy, prompts):
-    before, expected = fingerprint(target, deep=True), logits(target, *prompts)
+    before, expected = fingerprint(target, deep=True), continued(target, *prompts)
     for _ in range(2):
         with attach(target, policy):
             assert fingerprint(target) != before, "an attached policy must be visible in the fingerprint"
-            changed = logits(target, *prompts)
+            changed = continued(target, *prompts)
         assert not torch.equal(changed, expected), "the default budget must change something"
     with pytest.raises(RuntimeError, match="inside"), attach(target, policy):
         raise RuntimeError("inside")
     assert fingerprint(target, deep=True) == before and not active(target)
-    assert torch.equal(logits(target, *prompts), expected)
+    assert torch.equal(continued(target, *prompts), expected)
 
 
 def test_disabled_is_the_model_as_it_was(target, policy, prompts):
-    expected = logits(target, *prompts)
+    expected = continued(target, *prompts)
     with attach(target, policy) as attached:
         with attached.disabled():
-            assert torch.equal(logits(target, *prompts), expected)
-        assert not torch.equal(logits(target, *prompts), expected)
+            assert torch.equal(continued(target, *prompts), expected)
+        assert not torch.equal(continued(target, *prompts), expected)
 
 
 def test_ragged_batch_is_each_row_alone(target, policy, prompts):
@@ -99,12 +116,11 @@ def test_replay_serves_the_recording(target, policy, prompts):
 
 def test_cost_falls_as_the_budget_says(target, policy, prompts):
     ids, mask = prompts
-    flops = []
+    found = []
     for share in (1.0, 0.75, 0.5):
         with attach(target, at(policy, Budget(fraction=share))):
-            flops.append(count_flops(lambda: logits(target, ids, mask)))
-    dense = count_flops(lambda: logits(target, ids, mask))
-    assert flops[0] == dense and flops[0] > flops[1] > flops[2]
+            found.append(spent(target, ids, mask, policy.saves))
+    assert found[0] == spent(target, ids, mask, policy.saves) and found[0] > found[1] > found[2]
 
 
 def layers_run(policy, mask):
@@ -119,13 +135,18 @@ def keys_read(policy, mask):
         total = 0
         for start in range(0, count, policy.run):
             stop = min(start + policy.run, count)
-            always = {p for p in range(stop) if p < policy.sinks or p >= stop - policy.recent or p > start}
+            always = {p for p in range(stop) if p < policy.sinks or p >= stop - policy.recent or p >= start}
             total += (len(always) + math.ceil((stop - len(always)) / 2)) * (stop - start)
         totals.append(total)
     return totals
 
 
-COUNTS = {"depth": layers_run, "select": keys_read}
+def keys_held(policy, mask):
+    """Half of the row, for the token that comes next."""
+    return [math.ceil(count / 2) for count in mask.sum(-1).tolist()]
+
+
+COUNTS = {("depth", "operations"): layers_run, ("select", "operations"): keys_read, ("select", "memory"): keys_held}
 
 
 def test_decisions_count_what_the_budget_allows(target, policy, prompts):
@@ -135,8 +156,8 @@ def test_decisions_count_what_the_budget_allows(target, policy, prompts):
         logits(target, ids, mask)
     assert trace.steps
     for step in trace.steps:
-        assert torch.equal(step.decision.valid, mask.bool())
-        wanted = COUNTS[step.decision.kind](at(policy, Budget(fraction=0.5)), mask)
+        assert torch.equal(step.decision.valid, mask.bool() if policy.saves == "operations" else mask[:, -1:].bool())
+        wanted = COUNTS[step.decision.kind, policy.saves](at(policy, Budget(fraction=0.5)), mask)
         assert step.decision.spent().tolist() == wanted
 
 

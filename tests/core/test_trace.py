@@ -1,5 +1,6 @@
 import json
 import pickle
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pertoken.core.decision import Decision, Keep, Weight
-from pertoken.core.trace import Trace, TraceMismatch
+from pertoken.core.trace import Recorded, Trace, TraceMismatch
 from tests.core.strategies import decisions
 
 plain = st.one_of(st.none(), st.booleans(), st.integers(-5, 5), st.text(max_size=8))
@@ -146,3 +147,34 @@ def test_no_pickle_is_written_or_read(tmp_path):
     path.write_bytes(pickle.dumps(Trap()))
     with pytest.raises(ValueError, match="cannot be read"):
         Trace.load(path)
+
+
+@dataclass(frozen=True)
+class Coin(Recorded):
+    """A decoder that keeps one side."""
+
+    def __call__(self, side: bool) -> bool:
+        trace, player = self._tape.taken()
+        decision = keep(side) if player is None else player.take("toss", Keep).decision
+        if trace is not None:
+            trace.record("toss", decision)
+        return bool(decision.tensors()["keep"])
+
+
+def test_one_call_of_one_decoder_is_recorded_and_replayed():
+    coin, other = Coin(), Coin()
+    assert coin == other, "what is recorded is no setting"
+    with coin.record() as trace:
+        assert not other(False) and coin(True) and not coin(False)
+    assert trace.about == {"method": "Coin"} and len(trace.steps) == 1
+    with coin.replay(trace), coin.record() as again:
+        assert coin(False), "the recorded side, whatever is asked for"
+        assert not coin(False), "the next call is a call of its own"
+    assert again.same_as(trace)
+
+
+def test_what_is_not_taken_ends_with_the_block():
+    coin = Coin()
+    with pytest.raises(RuntimeError), coin.record() as trace, coin.replay(trace):
+        raise RuntimeError
+    assert not coin(False) and trace.steps == []

@@ -249,6 +249,21 @@ def test_a_row_that_stopped_never_changes_again_and_leaves_the_batch(model):
     assert decoder.stats.token_forwards < len(ROWS) * decoder.stats.steps * 20
 
 
+@pytest.mark.parametrize("parallel", [None, 0.05])
+def test_a_recording_says_when_each_token_of_the_finished_text_was_inserted(model, parallel):
+    from pertoken.view.fills import fills
+
+    decoder = ILM(threshold=0.6, parallel=parallel)
+    with decoder.record() as trace:
+        outs = insert(model, gapped(*map(list, ROWS)), decoder, length=9)
+    found = fills(trace)
+    assert len(found) == len(ROWS) and sum(len(set(fill.committed.tolist())) > 3 for fill in found) > 1
+    for fill, out, prompt in zip(found, outs, ROWS, strict=True):
+        given = iter(token for token in prompt if token not in (CLS, MASK))
+        drawn = [next(given) if known else token for known, token in zip(fill.given, fill.tokens, strict=True)]
+        assert drawn == [token for token in text(out) if token != CLS] and next(given, None) is None
+
+
 def test_parallel_insertion_fills_gaps_that_are_not_neighbours(model):
     prompt = [5, MASK, 6, MASK, 7, MASK, 8, MASK]
     one, many = ILM(threshold=2.0), ILM(threshold=2.0, parallel=0.02)

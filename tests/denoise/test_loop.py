@@ -16,6 +16,7 @@ from pertoken.denoise.entropy_bound import EntropyBound
 from pertoken.denoise.factor import Factor
 from pertoken.denoise.learn2pd import Filter, Learn2PD
 from pertoken.denoise.loop import COMMIT, REFRESH, Denoise, DenoisingInterrupted
+from pertoken.denoise.model import DiffusionModel
 from pertoken.denoise.prefix_cache import PrefixCache
 from pertoken.denoise.random_commit import RandomCommit
 from pertoken.denoise.rules import Constraint, RefreshRule
@@ -225,6 +226,21 @@ def test_bad_requests_say_what_is_wrong(model, options, says):
         fill(model, prompts(5), decoder, **options)
 
 
+@pytest.mark.parametrize("commit", COMMITS)
+def test_without_a_window_only_a_known_order_can_be_committed(model, commit):
+    decoder = Denoise(COMMITS[commit], DKVCacheGreedy(3, 0), block=8)
+    always = Denoise(COMMITS[commit], DKVCacheGreedy(1, 0), block=8)
+    assert fill(model, prompts(5), always).equal(fill(model, prompts(5), Denoise(COMMITS[commit], block=8)))
+    if commit != "random_commit":
+        with pytest.raises(BadRequest, match="window=0 computes only what is about to be committed"):
+            fill(model, prompts(5), decoder)
+        return
+    with decoder.record() as trace:
+        fill(model, prompts(5), decoder)
+    for refresh, commits in zip(trace.at(REFRESH), trace.at(COMMIT), strict=True):
+        assert not (commits.decision.keep & ~refresh.decision.keep).any(), "committed from outputs of this forward"
+
+
 def test_a_causal_model_is_refused(models):
     from tests.contract.conftest import FAMILIES
 
@@ -333,6 +349,32 @@ def test_a_constraint_holds_under_every_commit_rule(model, commit, refresh):
     assert (bound.diff(dim=-1) >= 1).all() and (bound != MASK).all()
     own = fill(model, alone(inputs, 1), denoiser(commit, refresh, constraint=Rising()))
     assert own[0].tolist() == bound[1].tolist()
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("commit", COMMITS)
+def test_only_undecided_places_are_guessed_at_unless_a_rule_reads_the_others(model, commit, sampled, monkeypatch):
+    """The same guesses, draws and commits as with guesses for all places, for less work."""
+    inputs, asked, logits = prompts(7, 3, 12), [], DiffusionModel.logits
+
+    def counted(self, places):
+        asked.append(places.numel())
+        return logits(self, places)
+
+    monkeypatch.setattr(DiffusionModel, "logits", counted)
+    rule, outs, traces, spent = COMMITS[commit], [], [], []
+    for everything in (False, True):
+        if everything:
+            monkeypatch.setattr(type(rule), "reads_decided", True)
+        decoder = Denoise(rule, DualCache(), constraint=Rising(), block=8)
+        torch.manual_seed(2)
+        with decoder.record() as trace:
+            outs.append(fill(model, inputs, decoder, do_sample=sampled))
+        traces.append(trace)
+        spent.append(sum(asked))
+        asked.clear()
+    assert outs[0].equal(outs[1]) and traces[0].same_as(traces[1])
+    assert (spent[0] < spent[1]) == (commit != "learn2pd")
 
 
 def test_a_constraint_that_allows_nothing_is_named(model):

@@ -75,23 +75,32 @@ def test_is_dreams_sampler_by_the_letter(model, alg, steps, shift):
 
 @pytest.mark.parametrize(("size", "steps"), [(16, 16), (16, 5), (16, 40), (1, 3), (64, 64), (7, 7)])
 def test_a_pace_commits_everything_and_names_no_idle_step(size, steps):
-    for pace in ("even", "dream"):
-        counts = quotas(pace, size, steps)
-        assert sum(counts) == size and min(counts) >= 1 and len(counts) <= min(size, steps)
-    assert quotas("even", 16, 5) == [4, 3, 3, 3, 3]
-    left, by_the_letter = size, []
     grid = [1 - (1 - 1e-3) * i / steps for i in range(steps + 1)]
-    for i in range(steps):
-        count = left if i == steps - 1 else math.floor(left * (1 - grid[i + 1] / grid[i]))
-        by_the_letter += [count] * (count > 0)
-        left -= count
-    assert quotas("dream", size, steps) == by_the_letter
+    even, dream = (quotas(pace, size, steps) for pace in ("even", "dream"))
+    assert even.shape[1] == min(size, steps) and dream.shape[1] <= min(size, steps)
+    for places in range(1, size + 1):
+        left, by_the_letter = places, []
+        for i in range(steps):
+            count = left if i == steps - 1 else math.floor(left * (1 - grid[i + 1] / grid[i]))
+            by_the_letter += [count] * (count > 0)
+            left -= count
+        shared = [places // steps + (i < places % steps) for i in range(min(places, steps))]
+        for table, wanted in ((even, shared), (dream, by_the_letter)):
+            assert sum(wanted) == places and min(wanted) >= 1
+            assert table[places].tolist() == wanted + [wanted[-1]] * (table.shape[1] - len(wanted))
+    assert not even[0].any() and not dream[0].any()
+
+
+def test_the_steps_of_a_few_places():
+    assert quotas("even", 16, 5)[16].tolist() == [4, 3, 3, 3, 3]
+    assert quotas("even", 16, 5)[6].tolist() == [2, 1, 1, 1, 1]
+    assert quotas("even", 16, 5)[3].tolist() == [1, 1, 1, 1, 1]
 
 
 def test_more_steps_than_places_cost_no_forward(model):
     decoder = Denoise(Schedule(), block=None, steps=64, pace="dream")
     fill(model, prompts(4), decoder)
-    assert decoder.stats.steps == len(quotas("dream", 16, 64)) <= 16
+    assert decoder.stats.steps == quotas("dream", 16, 64).shape[1] <= 16
 
 
 def test_an_unknown_pace_is_refused(model):
@@ -148,7 +157,7 @@ class Watch:
         return scores
 
 
-def test_processors_get_every_place_of_every_row_and_no_text(model):
+def test_processors_get_every_undecided_place_of_every_row_and_no_text(model):
     inputs, watch = prompts(6, 10, 4), Watch()
     torch.manual_seed(0)
     fill(
@@ -160,7 +169,8 @@ def test_processors_get_every_place_of_every_row_and_no_text(model):
         top_k=3,
         logits_processor=LogitsProcessorList([watch]),
     )
-    assert all(scores.shape == (3 * 8, model.config.vocab_size) for scores in watch.seen[:8])
+    undecided = [*range(8, 0, -1)] * 2
+    assert [scores.shape for scores in watch.seen] == [(3 * n, model.config.vocab_size) for n in undecided]
     assert all(bool((scores[:, MASK] == -torch.inf).all()) for scores in watch.seen)
 
 

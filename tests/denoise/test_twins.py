@@ -203,6 +203,21 @@ def test_ends_of_text(llama, when, refresh, commit, shift):
     assert len({len(row) for row in steps.values()}) > 1, "rows are done at different times"
 
 
+@pytest.mark.parametrize(("commit", "seed"), [("schedule", 1), ("random_commit", 3)])
+def test_a_block_that_was_cut_before_it_began_is_paced_as_a_short_one(llama, commit, seed):
+    inputs, fewer = prompts(*LENGTHS, seed=seed), 0
+    whole, _ = library(llama, inputs, twins(llama, commit, "recompute", 6, 0)[0])
+    for end in sorted({token for row in whole for token in row}):
+        decoder, transcribed = twins(llama, commit, "recompute", 6, 0, canvas=EndOfText("predicted"))
+        out, steps = library(llama, inputs, decoder, eos_token_id=end)
+        for row in range(len(LENGTHS)):
+            run = transcribed(prompt_of(inputs, row), naive.predicted_end(end))
+            check(run, out[row], steps[row], end)
+            second = [len(step.committed) for step in run.steps if step.block == 1]
+            fewer += len(second) > 1 and second[0] == 1
+    assert fewer, "a whole block begins with two commits; some second block must have begun with one"
+
+
 def test_a_predicted_end_cuts_again_before_one_decided_earlier():
     """Code rule, step by step: what counts is whether an end is decided now, not whether the row has one already."""
     end, tokens = 7, [3, 3, MASK, MASK, MASK, MASK, 7, MASK]
@@ -219,7 +234,7 @@ def test_a_predicted_end_cuts_again_before_one_decided_earlier():
         found = torch.arange(8)[None] == committed
         canvas.commit(found, torch.full((1, 8), token))
         assert cut(tokens, [committed], predicted, confidence, MASK) == last
-        assert rule.trim(canvas, end, found, guesses).tolist() == [last + 1]
+        assert rule.trim(canvas, torch.tensor([end]), found, guesses).tolist() == [last + 1]
         canvas.advance()
 
 

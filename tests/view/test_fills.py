@@ -7,7 +7,7 @@ from pertoken.core.trace import Trace
 from pertoken.denoise import REFRESH
 from pertoken.view.fills import fills, spent
 from pertoken.view.grid import DECIDED, GAP, OPEN, PROMPT, grid, spelled, tone
-from tests.view.traces import CANVAS_ROWS, canvas, canvases, two_canvases, two_rows
+from tests.view.traces import CANVAS_ROWS, INSERTED_ROWS, canvas, canvases, two_canvases, two_insertions, two_rows
 
 
 def test_rows_have_their_own_prompt_steps_and_cut():
@@ -120,3 +120,35 @@ def test_binned_pictures_stay_small_and_lose_no_commit(columns, lines, made):
         assert shares >= fill.length / size - 1e-6
         assert picture.lines[-1].last == fill.steps
         assert all(0 < box.share <= 1 and box.y + box.height <= len(picture.lines) for box in picture.boxes)
+
+
+def test_insertions_stand_where_they_ended_up():
+    first, second = fills(two_insertions())
+    assert first.committed.tolist() == [0, 2, 1, 3, 0] and second.committed.tolist() == [1]
+    assert first.tokens == (None, 31, 32, 33, None) and second.tokens == (41,)
+    assert first.given.tolist() == [True, False, False, False, True] and not second.given.any()
+    assert (first.steps, second.steps) == (4, 2) and first.stop == (0.03, 0.03, 0.03, 0.97)
+    assert first.computed.tolist() == [[1, 0, 0, 0, 1], [1, 0, 1, 0, 1], [1, 1, 1, 0, 1], [1, 1, 1, 1, 1]]
+    assert [piece for _, piece, _ in first.text] == ["⟨given⟩", "⟨31⟩", "⟨32⟩", "⟨33⟩", "⟨given⟩"]
+    assert (spent([first, second]).committed, spent([first, second]).row_steps) == (4, 6)
+
+
+def test_the_text_of_insertions_may_begin_with_cls():
+    begun = [{"output": ["<cls>", *INSERTED_ROWS[0]["output"]]}, INSERTED_ROWS[1]]
+    for rows in (INSERTED_ROWS, begun):
+        first, _ = fills(two_insertions(rows=rows))
+        assert first.text == [(0, "a", 0), (1, " x", 2), (2, " <y", 1), (3, "\n", 3), (4, "b", 0)]
+
+
+def test_an_inserted_token_is_drawn_from_its_step_on_and_a_given_one_always():
+    first, _ = fills(two_insertions(rows=INSERTED_ROWS))
+    picture = grid(first, 100, 100)
+    marks = [(mark.x, line.first, mark.title) for line in picture.lines for mark in line.marks]
+    assert marks == [(2, 1, "position 2: ␣<y at step 1"), (1, 2, "position 1: ␣x at step 2"), (3, 3, marks[2][2])]
+    boxes = {(box.x, box.y, box.width, box.height, box.kind) for box in picture.boxes}
+    assert boxes == {(0, 0, 1, 4, PROMPT), (4, 0, 1, 4, PROMPT)} | {(c, y, 1, 4 - y, DECIDED) for c, y in BORN}
+    assert picture.lines[1].title == "step 2 of 4: 1 inserted, 3 tokens read, P(stop) 0.03"
+    assert picture.lines[3].title == "step 4 of 4: 0 inserted, 5 tokens read, P(stop) 0.97"
+
+
+BORN = ((1, 2), (2, 1), (3, 3))

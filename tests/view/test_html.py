@@ -8,7 +8,20 @@ from pertoken.core.decision import Keep
 from pertoken.core.trace import Trace
 from pertoken.view.html import MOST_BARS, MOST_LINES, OPEN_ROWS, render, write
 from pertoken.view.spans import printable
-from tests.view.traces import CANVAS_ROWS, ROWS, RUN, canvas, canvases, commit, guess, traces, two_canvases, two_rows
+from tests.view.traces import (
+    CANVAS_ROWS,
+    INSERTED_ROWS,
+    ROWS,
+    RUN,
+    canvas,
+    canvases,
+    commit,
+    guess,
+    traces,
+    two_canvases,
+    two_insertions,
+    two_rows,
+)
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 EVIL = "<script>alert(1)</script>\"'&amp;<b title='x'>"
@@ -147,6 +160,18 @@ def test_a_canvas_is_drawn_with_its_text_in_the_colours_of_its_steps():
     assert len([tag for tag in page.named("rect") if tag.get("class") == "mark"]) == 7
     assert "A diffusion model fills a canvas" in page.texts["lead"][0]
     assert "A decoder guesses tokens" not in page.texts["lead"][0]
+
+
+def test_insertions_are_drawn_with_what_was_given():
+    page = Page(render([two_insertions(rows=INSERTED_ROWS)]))
+    assert page.texts["output"] == ["".join(row["output"]) for row in INSERTED_ROWS]
+    tokens = [tag for tag in page.named("span") if (tag.get("class") or "").startswith("t ")]
+    assert [tag["class"] for tag in tokens] == ["t prompt", *["t filled"] * 2, "t filled end", "t prompt", "t filled"]
+    assert tokens[0]["title"] == "position 0, a: given"
+    assert tokens[2]["title"] == "position 2, ␣<y: inserted at step 1 of 4, computed 3× after it"
+    assert len([tag for tag in page.named("rect") if tag.get("class") == "mark"]) == 4
+    assert "An insertion model starts from what is given" in page.texts["lead"][0]
+    assert "A diffusion model" not in page.texts["lead"][0] and "committed" not in "".join(page.texts["legend keys"])
 
 
 def test_a_report_of_both_kinds_explains_both():

@@ -6,7 +6,19 @@ from pertoken.core.decision import Keep
 from pertoken.core.trace import Trace
 from pertoken.view.runs import cells
 from pertoken.view.terminal import CHART_LINES, runs_table, steps_chart, text_view
-from tests.view.traces import CANVAS_ROWS, ROWS, RUN, canvas, canvases, commit, guess, two_canvases, two_rows
+from tests.view.traces import (
+    CANVAS_ROWS,
+    INSERTED_ROWS,
+    ROWS,
+    RUN,
+    canvas,
+    canvases,
+    commit,
+    guess,
+    two_canvases,
+    two_insertions,
+    two_rows,
+)
 
 
 def shown(renderable, width=120, **console) -> str:
@@ -108,6 +120,16 @@ def test_a_canvas_is_drawn_with_its_text():
     assert "7 positions in 3 model steps" in text and "a <b" in text and "row 1" in text
     lines = shown(steps_chart(trace)).splitlines()
     assert [line.rstrip() for line in lines[1:4]] == ["1 ░│█░░░", "2  │ ░█░", "3  │▒█ █"]
+
+
+def test_insertions_are_drawn_in_the_finished_text():
+    trace = two_insertions(rows=INSERTED_ROWS)
+    text = shown(text_view(trace))
+    assert "4 tokens inserted in 4 model steps" in text and "a x <y\nb" in text and "inserted first" in text
+    lines = shown(steps_chart(trace)).splitlines()
+    assert lines[0].rstrip() == "row 0, 5 tokens of the finished text from left to right, 2 of them given"
+    assert [line.rstrip() for line in lines[1:5]] == ["1 ░ █ ░", "2 ░█▒ ░", "3 ░▒▒█░", "4 ░▒▒▒░"]
+    assert "█ inserted" in lines[-1] and "committed" not in lines[-1]
 
 
 def test_a_long_canvas_fits_the_terminal():

@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 
 from pertoken.core.decision import SOURCES, Commit, Keep
 from pertoken.core.trace import Trace
-from pertoken.denoise import COMMIT, REFRESH
+from pertoken.denoise import COMMIT, INSERT, REFRESH
 
 MODEL, NGRAM, EXIT = range(3)
+CLS = 1
 
 
 def guess(tokens=(), parents=None, sources=(), path=(), committed=()):
@@ -159,6 +160,44 @@ CANVAS_ROWS = [
     {"prompt": ["def", " f", "("], "output": ["a", " <b", "\n", "d"]},
     {"prompt": ["x"], "output": ["&", "y", ""]},
 ]
+
+
+GAP = None  # where a token of the text is missing
+
+
+def insertions(texts, born, **about) -> Trace:
+    """A trace of insertions of one token per step and row. texts: the finished tokens, and behind which of them the one
+    gap marker stood (-1: CLS); born: the step of each token, 0 for given. A row stops one step after its last."""
+    trace = Trace({"method": "ilm"} | about)
+    widest = max(len(tokens) for tokens, _ in texts) + 2
+    for step in range(1, max(map(max, born)) + 2):
+        here = tuple(row for row, steps in enumerate(born) if step <= max(steps) + 1)
+        valid, keep = torch.zeros(2, len(here), widest, dtype=torch.bool)
+        note = {"tokens": [], "stop": [], "given": [1 + born[row].count(0) for row in here]}
+        for at, row in enumerate(here):
+            (tokens, gap), steps = texts[row], born[row]
+            line = [(CLS, 0)]
+            for place, (token, one) in enumerate(zip(tokens, steps, strict=True)):
+                line += [(GAP, 0)] * (gap == place - 1) + [(token, one)]
+            line += [(GAP, 0)] * (gap == len(tokens) - 1)
+            old = [pair for pair in line if pair[1] < step]
+            for position, (token, one) in enumerate(old):
+                valid[at, position] = token is GAP or one > 0
+            for index, pair in enumerate(line):
+                if pair[1] == step:
+                    keep[at, sum(one < step for _, one in line[:index]) - 1] = True
+            note["tokens"].append([token for token, one in line if one == step])
+            note["stop"].append(0.97 if step > max(steps) else 0.03)
+        trace.record(INSERT, Keep(valid, keep), here, **note)
+    return trace
+
+
+def two_insertions(**about) -> Trace:
+    """Row 0: "a", then at steps 2, 1 and 3 "x y z" in its gap, then "b". Row 1: nothing given, "u" inserted at once."""
+    return insertions([([21, 31, 32, 33, 22], 0), ([41], -1)], [[0, 2, 1, 3, 0], [1]], **about)
+
+
+INSERTED_ROWS = [{"prompt": [], "output": ["a", " x", " <y", "\n", "b"]}, {"prompt": [], "output": ["u"]}]
 
 
 @st.composite

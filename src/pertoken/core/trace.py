@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,3 +130,42 @@ class Player:
     @property
     def finished(self) -> bool:
         return self.next_step == len(self.trace.steps)
+
+
+@dataclass
+class Tape:
+    """What the next call of a decoder records into and plays from."""
+
+    trace: Trace | None = None
+    player: Player | None = None
+
+    def taken(self) -> tuple[Trace | None, Player | None]:
+        """Both, for the call that begins now; the one after it gets none."""
+        taken = self.trace, self.player
+        self.trace = self.player = None
+        return taken
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Base of every decoder whose calls can be recorded and replayed; its class says what a recording holds."""
+
+    _tape: Tape = field(default_factory=Tape, init=False, repr=False, compare=False)
+
+    @contextmanager
+    def record(self) -> Iterator[Trace]:
+        """Record the decisions of the next call made inside the block."""
+        self._tape.trace = trace = Trace({"method": type(self).__name__})
+        try:
+            yield trace
+        finally:
+            self._tape.trace = None
+
+    @contextmanager
+    def replay(self, trace: Trace) -> Iterator[None]:
+        """Serve the next call inside the block from a recording: the same decisions, without sampling."""
+        self._tape.player = trace.player()
+        try:
+            yield
+        finally:
+            self._tape.player = None

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers import GenerationConfig
 
 from pertoken.core.decision import Commit
 from pertoken.core.errors import BadRequest
-from pertoken.core.trace import Player, Trace, TraceMismatch
+from pertoken.core.trace import Player, Recorded, TraceMismatch
 from pertoken.decode.request import Request, Row, callers_streamer
 from pertoken.decode.tree import Tree, TreeBatch
 from pertoken.decode.verify import Choice, Greedy, Sampling, Visit, Walk, verify
@@ -101,34 +101,17 @@ class Session(ABC):
 
 
 @dataclass(frozen=True)
-class Speculation(ABC):
-    """Base of every decoder: a callable for `model.generate(..., custom_generate=decoder)`."""
+class Speculation(Recorded, ABC):
+    """Base of every decoder: a callable for `model.generate(..., custom_generate=decoder)`.
+
+    A recording holds one `Commit` per step, the trees and what became of them. Its replay drafts nothing.
+    """
 
     stats: Stats = field(default_factory=Stats, init=False, repr=False, compare=False)
-    _tape: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @abstractmethod
     def session(self, request: Request, target: Context, scope: ExitStack) -> Session:
         """Start proposing for a request. Register on `scope` what must be undone when the request ends."""
-
-    @contextmanager
-    def record(self) -> Iterator[Trace]:
-        """Record the steps of the next call made inside the block."""
-        trace = Trace({"method": type(self).__name__})
-        self._tape["record"] = trace
-        try:
-            yield trace
-        finally:
-            self._tape.pop("record", None)
-
-    @contextmanager
-    def replay(self, trace: Trace) -> Iterator[None]:
-        """Serve the next call inside the block from a recording: same trees, same commits, no drafting, no sampling."""
-        self._tape["replay"] = trace.player()
-        try:
-            yield
-        finally:
-            self._tape.pop("replay", None)
 
     def __call__(
         self,
@@ -172,8 +155,7 @@ class Speculation(ABC):
         started = time.perf_counter()
         stats = self.stats
         stats.__init__()  # type: ignore[misc]
-        trace: Trace | None = self._tape.pop("record", None)
-        player: Player | None = self._tape.pop("replay", None)
+        trace, player = self._tape.taken()
         longest = max(len(row.tokens) for row in request.rows)
         target = Context(stack_of(model), len(request.rows), longest + min(request.max_new, 256) + 80)
         session = self.session(request, target, scope) if player is None else Replay(player, request, target)

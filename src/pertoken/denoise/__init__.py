@@ -10,6 +10,7 @@ from pertoken.core.card import Card, card
 from pertoken.core.errors import BadRequest
 
 COMMIT, REFRESH = "denoise.commit", "denoise.refresh"  # the sites of a trace of the loop
+INSERT = "denoise.insert"  # the site of a trace of insertions
 
 
 def slots(names: Sequence[str]) -> dict[str, Card]:

@@ -16,8 +16,9 @@ class Canvas:
 
     ids: tokens, the mask token where undecided; valid: False on padding and behind a row's end; masked: undecided;
     decided_at: the row's step at which a position was committed (`NEVER` for the prompt); step: forwards so far of each
-    row; block_step: of these, in the row's present block; size: positions per block; numbers: the rows' places in the
-    batch; sliding: the block is the row's first so many undecided positions (None: blocks of `size`).
+    row; block_step: of these, in the row's present block; block_places: undecided positions that this block began with;
+    size: positions per block; numbers: the rows' places in the batch; sliding: the block is the row's first so many
+    undecided positions (None: blocks of `size`).
     """
 
     ids: Tensor
@@ -27,6 +28,7 @@ class Canvas:
     step: Tensor
     block_step: Tensor
     block: Tensor
+    block_places: Tensor
     start: int
     size: int
     numbers: list[int]
@@ -51,6 +53,7 @@ class Canvas:
             zeros,
             zeros.clone(),
             zeros.clone(),
+            torch.full_like(zeros, size),
             start,
             size,
             list(range(rows)),
@@ -101,7 +104,7 @@ class Canvas:
         self.masked &= ~chosen
         self.decided_at = torch.where(chosen, self.step[:, None], self.decided_at)
 
-    def cut(self, ends: Tensor, filler: int) -> None:
+    def cut(self, ends: Tensor, filler: int | Tensor) -> None:
         """End each row before column `ends` `[row]`: what lies behind is neither valid nor undecided any more."""
         behind = self.columns >= ends[:, None]
         self.ids = self.ids.masked_fill(behind & self.valid, filler)
@@ -118,11 +121,12 @@ class Canvas:
         self.block_step = self.block_step + 1
         first = self.masked.int().argmax(-1)
         block = torch.where(self.masked.any(-1), (first - self.start) // self.size, self.block)
-        self.block_step = torch.where(block == self.block, self.block_step, torch.zeros_like(self.block_step))
-        self.block = block
+        same, self.block = block == self.block, block
+        self.block_step = torch.where(same, self.block_step, torch.zeros_like(self.block_step))
+        self.block_places = torch.where(same, self.block_places, (self.masked & self.in_block).sum(-1))
 
     def select(self, rows: Tensor) -> None:
         """Keep only these rows, in this order."""
-        for name in ("ids", "valid", "masked", "decided_at", "step", "block_step", "block"):
+        for name in ("ids", "valid", "masked", "decided_at", "step", "block_step", "block", "block_places"):
             setattr(self, name, getattr(self, name)[rows])
         self.numbers = [self.numbers[r] for r in rows.tolist()]

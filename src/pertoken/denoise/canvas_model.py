@@ -14,6 +14,7 @@ class CanvasModel(ABC):
     """Of the last forward: work `[row]`, positions computed times layers, whole `[row]`, layers computed at every
     position."""
 
+    reads_decided = False  # whether `settle` looks at guesses for decided places
     work: Tensor
     whole: Tensor
 
@@ -23,7 +24,8 @@ class CanvasModel(ABC):
 
     @abstractmethod
     def logits(self, places: Tensor) -> Tensor:
-        """Logits `[row, place, vocabulary]` for the tokens at columns `places` `[row, place]` of the present block."""
+        """Logits `[row, place, vocabulary]` for the tokens at columns `places` `[row, place]` of the present block; all
+        of it for a model that `reads_decided`."""
 
     @abstractmethod
     def logits_at(self, row: Tensor, column: Tensor) -> Tensor:

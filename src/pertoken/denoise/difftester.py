@@ -16,9 +16,10 @@ the paper has it, or w_i = c_i (share=None). A share is small while many places 
 
 What differs from the released code, where that contradicts itself: a gap stays aligned when a third line joins (there
 it ends the comparison); a template that shares no leaf is none (there two expression statements suffice, and a cluster
-wears down to nothing); integers of Java and all kinds of names are told apart as such; offsets are bytes, lines do not
-run over from row to row, and text need not be inside a code fence, but is limited to one where there is one. Text ends
-at the first special token. String contents are not protected unless `protected` says so (`LITERALS | STRING_TEXT`).
+wears down to nothing); a cluster keeps its place in the order when a line joins it (there it moves behind all others);
+integers of Java and all kinds of names are told apart as such; offsets are bytes, lines do not run over from row to
+row, and text need not be inside a code fence, but is limited to one where there is one. Text ends at the first special
+token. String contents are not protected unless `protected` says so (`LITERALS | STRING_TEXT`).
 
 Rows work together: a row depends on the rows of its group (those of the same prompt, or of the same number in
 `groups`), never on other groups. The paper has one block over the whole canvas (`Denoise(block=None)`); with shorter
@@ -104,6 +105,10 @@ class DiffTester(CommitRule):
             raise BadRequest(f"share={self.share} is no temperature; give one above 0, or None for the confidence")
         if self.templates not in ("open", "all"):
             raise BadRequest(f"templates={self.templates!r} is unknown; choose 'open' or 'all'")
+
+    @property
+    def reads_decided(self) -> bool:  # type: ignore[override]
+        return self.base.reads_decided
 
     def fitted(self, settings: Settings) -> DiffTester:
         if self.tokenizer is None:

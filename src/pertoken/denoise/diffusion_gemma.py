@@ -135,6 +135,8 @@ class DiffusionGemma(CanvasModel):
     """held `[row, place]`: tokens that the decoder is shown, -1 for noise; signal `[row, place, vocabulary]`: its last
     outputs; past `[row, step, place]`: its last argmaxes."""
 
+    reads_decided = True
+
     def __init__(self, site: Site, canvas: Canvas):
         self.site, self.cache = site, EncoderCache(site.text, canvas.rows, canvas.width, site.dtype, site.device)
         self.known = torch.zeros_like(canvas.valid)

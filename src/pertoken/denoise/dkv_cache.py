@@ -10,7 +10,8 @@ after step t of the block (prompts included).
   window of the nearest undecided neighbours, `window` for each position of D_t; every `interval`-th step of a block,
   the first included, computes everything, undecided positions are cached too. D_t must be known before the forward, so
   the commit rule must be one that knows its order, as `RandomCommit`; with another rule the window stands around
-  D_{t-1} (which the paper's ablation favours), within the block, and only what was computed can be committed.
+  D_{t-1} (which the paper's ablation favours), within the block, and only what was computed can be committed, so that
+  such a rule is refused without a window.
 
 What differs: rows of a batch keep their own step counts and caches. Where the output at i - 1 predicts token i, a
 position stays active until both it and the token it predicts are decided (the released code's "un_right"). It loses
@@ -79,9 +80,17 @@ class DKVCacheGreedy(RefreshRule):
     def __post_init__(self) -> None:
         if self.interval < 1:
             raise BadRequest(f"interval={self.interval} is too short; give 1 to recompute always, or more")
+        if self.window < 0:
+            raise BadRequest(f"window={self.window} is no number of neighbours; give 0 for none, or more")
 
     def plan(self, canvas: Canvas, upcoming: Tensor | None) -> Tensor:
         last = canvas.decided_last
+        if upcoming is None and not self.window and self.interval > 1:
+            raise BadRequest(
+                "dkv_cache_greedy with window=0 computes only what is about to be committed, and this commit rule does "
+                "not know that before the forward: it would commit from old outputs. Give a window of 1 or more, or a "
+                "rule with a known order such as random_commit"
+            )
         if upcoming is None:
             near = self._near(canvas, last, canvas.masked & canvas.in_block)
         else:

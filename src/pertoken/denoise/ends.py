@@ -33,7 +33,8 @@ class EndOfText(CanvasRule):
 
     Source: arXiv 2509.25188. when: "decided", the paper's rule, cuts behind the first end of text that was committed;
     "predicted", the released code's, also behind the most confident end of text predicted anywhere on the canvas, which
-    is sooner and riskier.
+    is sooner and riskier. Where several tokens end a text, each is as good as another; a place predicts an end if its
+    guess is one, whatever the chances of all of them add up to.
     """
 
     when: Literal["decided", "predicted"] = "decided"
@@ -46,14 +47,14 @@ class EndOfText(CanvasRule):
     def reads_all(self) -> bool:  # type: ignore[override]
         return self.when == "predicted"
 
-    def trim(self, canvas: Canvas, end: int, found: Tensor, guesses: tuple[Tensor, Tensor] | None) -> Tensor:
-        ended = canvas.valid & (canvas.ids == end) & ~canvas.masked & (canvas.columns >= canvas.start)
+    def trim(self, canvas: Canvas, eos: Tensor, found: Tensor, guesses: tuple[Tensor, Tensor] | None) -> Tensor:
+        ended = decided(canvas, eos)
         cut = first(ended) + 1
         if guesses is not None:
             tokens, confidence = guesses
-            open_ = (tokens == end) & canvas.masked
+            open_ = torch.isin(tokens, eos) & canvas.masked
             best = confidence.masked_fill(~open_, -1.0).argmax(-1)
-            now = (found & (canvas.ids == end)).any(-1)
+            now = (found & ended).any(-1)
             cut = torch.where(now | ~open_.any(-1), cut, best + 1)
         return cut.clamp(max=canvas.width)
 
@@ -86,10 +87,14 @@ class PaddingFill(CanvasRule):
     def fitted(self, settings: Settings) -> PaddingFill:
         return self if self.pad is not None else PaddingFill(settings.pad)
 
-    def trim(self, canvas: Canvas, end: int, found: Tensor, guesses: tuple[Tensor, Tensor] | None) -> Tensor:
-        ends = (canvas.ids == end) if self.pad is None else (canvas.ids == end) | (canvas.ids == self.pad)
-        ended = canvas.valid & ends & ~canvas.masked & (canvas.columns >= canvas.start)
-        return (first(ended) + 1).clamp(max=canvas.width)
+    def trim(self, canvas: Canvas, eos: Tensor, found: Tensor, guesses: tuple[Tensor, Tensor] | None) -> Tensor:
+        ends = eos if self.pad is None else torch.cat([eos, eos.new_tensor([self.pad])])
+        return (first(decided(canvas, ends)) + 1).clamp(max=canvas.width)
+
+
+def decided(canvas: Canvas, tokens: Tensor) -> Tensor:
+    """bool `[row, column]`: positions of the canvas that were decided as one of these tokens."""
+    return torch.isin(canvas.ids, tokens) & canvas.valid & ~canvas.masked & (canvas.columns >= canvas.start)
 
 
 def first(mask: Tensor) -> Tensor:

@@ -33,8 +33,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -51,12 +49,12 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from pertoken.core.card import Paper, method
 from pertoken.core.decision import Keep
 from pertoken.core.errors import BadRequest
-from pertoken.core.trace import Player, Trace, TraceMismatch
+from pertoken.core.trace import Player, Recorded, TraceMismatch
+from pertoken.denoise import INSERT
 from pertoken.denoise.insertion import Request, Slots, SlotsModel
 from pertoken.denoise.loop import Stats
 from pertoken.denoise.rules import top
 
-INSERT = "denoise.insert"
 WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
 Choice = Literal["joint", "two_stage", "random"]
 
@@ -72,7 +70,7 @@ Choice = Literal["joint", "two_stage", "random"]
     baselines=("schedule", "random_commit"),
 )
 @dataclass(frozen=True)
-class ILM:
+class ILM(Recorded):
     """Decoder of insertion models, for `model.generate(..., custom_generate=ILM())`.
 
     threshold: P(stop) from which a row ends (the paper: 0.9 for text, 0.8 for infilling, 0.5 for planning); choice:
@@ -81,6 +79,9 @@ class ILM:
     parallel: None, or the probability from which further gaps are filled in the same step; mask_token: the gap marker,
     None for the configuration's `mask_token_id`. `max_new_tokens` bounds what is inserted into each row, all gaps
     together.
+    A recording holds one `Keep` per step: which positions are open, and behind which a token was inserted. The note has
+    the tokens, row by row from left to right, and P(stop) of every row; a row of no insertion stopped at this step; and
+    how many of each row's tokens were given, CLS among them. Its replay needs no forward.
     """
 
     threshold: float = 0.9
@@ -90,7 +91,6 @@ class ILM:
     parallel: float | None = None
     mask_token: int | None = None
     stats: Stats = field(default_factory=Stats, init=False, repr=False, compare=False)
-    _tape: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.choice not in get_args(Choice):
@@ -99,27 +99,6 @@ class ILM:
             raise BadRequest(
                 f"parallel={self.parallel} is no probability; give one in (0, 1], or None for one per step"
             )
-
-    @contextmanager
-    def record(self) -> Iterator[Trace]:
-        """Record the next call made inside the block, one `Keep` per step: which positions are open, and behind which a
-        token was inserted. The note has the tokens, row by row from left to right, and P(stop) of every row; a row of
-        no insertion stopped at this step."""
-        trace = Trace({"method": type(self).__name__})
-        self._tape["record"] = trace
-        try:
-            yield trace
-        finally:
-            self._tape.pop("record", None)
-
-    @contextmanager
-    def replay(self, trace: Trace) -> Iterator[None]:
-        """Serve the next call inside the block from a recording: the same insertions, no forward and no sampling."""
-        self._tape["replay"] = trace.player()
-        try:
-            yield
-        finally:
-            self._tape.pop("replay", None)
 
     def __call__(
         self,
@@ -152,8 +131,7 @@ class _Run:
 
     def __init__(self, rules: ILM, request: Request, processors: Any):
         self.rules, self.request, self.stats = rules, request, rules.stats
-        self.trace: Trace | None = rules._tape.pop("record", None)
-        self.player: Player | None = rules._tape.pop("replay", None)
+        self.trace, self.player = rules._tape.taken()
         self.stats.__init__()  # type: ignore[misc]
         self.warpers = [p for p in processors if isinstance(p, WARPERS)]
         self.processors = [p for p in processors if not isinstance(p, WARPERS)]
@@ -193,6 +171,7 @@ class _Run:
             note = {
                 "tokens": [row[kept].tolist() for row, kept in zip(found, chosen.gather(1, order), strict=True)],
                 "stop": stop.tolist(),
+                "given": slots.given_valid.sum(-1).tolist(),
             }
             self.trace.record(INSERT, Keep(valid, keep), tuple(slots.numbers), **note)
         slots.insert(chosen, tokens)

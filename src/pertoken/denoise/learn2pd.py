@@ -100,6 +100,7 @@ class Learn2PD(CommitRule):
 
     filter: Filter | str | Path | None = None
     tau: float = 0.96
+    reads_decided = True
 
     def fitted(self, settings: Settings) -> Learn2PD:
         if self.filter is None:
@@ -148,6 +149,7 @@ class Oracle(CommitRule):
 
     reference: Tensor
     records: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list, compare=False)
+    reads_decided = True
 
     def choose(self, guess: Guess, canvas: Canvas) -> Tensor:
         wanted = self.reference[canvas.numbers].gather(1, canvas.block_columns - canvas.start)

@@ -10,8 +10,6 @@ final.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,7 +19,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from pertoken.core.decision import Keep
 from pertoken.core.errors import BadRequest
-from pertoken.core.trace import Player, Trace, TraceMismatch
+from pertoken.core.trace import Player, Recorded, TraceMismatch
 from pertoken.denoise import COMMIT, REFRESH
 from pertoken.denoise.canvas import Canvas
 from pertoken.denoise.canvas_model import CanvasModel
@@ -59,7 +57,7 @@ class Stats:
 
 
 @dataclass(frozen=True)
-class Denoise:
+class Denoise(Recorded):
     """Decoder of masked-diffusion models, for `model.generate(..., custom_generate=Denoise(...))`.
 
     commit, refresh, canvas, constraint: the rules; block: positions per block (None: the whole canvas is one block);
@@ -70,6 +68,8 @@ class Denoise:
     `mask_token_id`.
     revise: what the commit rule picks holds for one step only, as in DiffusionGemma's own sampler (see there; other
     models' commits are final). `max_new_tokens` is the length of the canvas.
+    A recording holds two `Keep` per step, what was computed and what was committed; the tokens committed are in the
+    note, row by row from left to right. Its replay needs no forward.
     """
 
     commit: CommitRule = field(default_factory=Schedule)
@@ -84,27 +84,6 @@ class Denoise:
     mask_token: int | None = None
     revise: bool = False
     stats: Stats = field(default_factory=Stats, init=False, repr=False, compare=False)
-    _tape: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    @contextmanager
-    def record(self) -> Iterator[Trace]:
-        """Record the commits and refreshes of the next call made inside the block, one `Keep` each per step. The tokens
-        committed are in the step's note, row by row from left to right."""
-        trace = Trace({"method": type(self).__name__})
-        self._tape["record"] = trace
-        try:
-            yield trace
-        finally:
-            self._tape.pop("record", None)
-
-    @contextmanager
-    def replay(self, trace: Trace) -> Iterator[None]:
-        """Serve the next call inside the block from a recording: the same commits, no forward and no sampling."""
-        self._tape["replay"] = trace.player()
-        try:
-            yield
-        finally:
-            self._tape.pop("replay", None)
 
     def __call__(
         self,
@@ -127,7 +106,7 @@ class Denoise:
                 )
         settings = Settings.of(self, model, input_ids, model_kwargs.get("attention_mask"), generation_config)
         with torch.inference_mode():
-            run = _Run(self, settings, logits_processor or (), self._tape)
+            run = _Run(self, settings, logits_processor or ())
             try:
                 run.finish()
             except KeyboardInterrupt as stop:
@@ -138,10 +117,9 @@ class Denoise:
 class _Run:
     """One call at work."""
 
-    def __init__(self, rules: Denoise, settings: Settings, processors: Any, tape: dict[str, Any]):
+    def __init__(self, rules: Denoise, settings: Settings, processors: Any):
         self.settings, self.processors, self.stats = settings, list(processors), rules.stats
-        self.trace: Trace | None = tape.pop("record", None)
-        self.player: Player | None = tape.pop("replay", None)
+        self.trace, self.player = rules._tape.taken()
         self.stats.__init__()  # type: ignore[misc]
         self.commit: CommitRule = rules.commit.fitted(settings)
         self.refresh: RefreshRule = rules.refresh.fitted(settings)
@@ -199,8 +177,8 @@ class _Run:
         guesses = self._all_guesses() if self.trim is not None and self.trim.reads_all else None
         canvas.commit(committed, tokens)
         ends = None
-        if self.trim is not None and self.settings.end is not None:
-            ends = self.trim.trim(canvas, self.settings.end, committed, guesses)
+        if self.trim is not None and len(self.settings.eos):
+            ends = self.trim.trim(canvas, self.settings.eos, committed, guesses)
         self._settle(computed, committed, tokens, ends)
 
     def _settle(self, computed: Tensor, committed: Tensor, tokens: Tensor, ends: Tensor | None) -> None:
@@ -221,11 +199,10 @@ class _Run:
             self.trace.record(REFRESH, Keep(canvas.valid, computed), rows)
             self.trace.record(COMMIT, Keep(canvas.valid, committed), rows, **note)
         if ends is not None:
-            assert self.settings.end is not None
             if self.trim is not None and self.trim.keeps:
                 canvas.fill(ends, self.settings.pad)
             else:
-                canvas.cut(ends, self.settings.end)
+                canvas.cut(ends, self.settings.eos[0])
         canvas.advance()
 
     def _repeat(self, player: Player) -> None:
@@ -251,12 +228,18 @@ class _Run:
         """What the outputs, new and kept, say about every row's present block."""
         canvas = self.canvas
         places = canvas.block_columns
-        plain = self._plain(self.model.logits(places))
         masked = canvas.masked.gather(1, places)
+        looked = self._looked_at(masked)
+        columns = places if looked is None else places.gather(1, looked)
+        plain = self._plain(self.model.logits(columns))
         if self.constraint is not None:
-            plain = self.constraint.limit(plain, canvas, places)
+            plain = self.constraint.limit(plain, canvas, columns)
         scores = self._processed(plain)
-        tokens, confidence = self._chosen(plain, scores)
+        tokens, confidence = self._chosen(plain, scores, self._drawn(scores, places.shape[1], looked))
+        if looked is not None:
+            tokens = canvas.ids.gather(1, places).scatter(1, looked, tokens)
+            confidence = confidence.new_zeros(places.shape).scatter(1, looked, confidence)
+            scores = spread(scores, looked, places.shape[1])
         if not bool(torch.isfinite(confidence[masked]).all()):
             self._refuse(scores, ~torch.isfinite(confidence) & masked, places)
         quota = self._quota(masked)
@@ -302,10 +285,27 @@ class _Run:
                 ) from error
         return flat.view_as(plain)
 
-    def _chosen(self, plain: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        if self.settings.sampling:
+    def _looked_at(self, masked: Tensor) -> Tensor | None:
+        """`[row, n]` places of the block that are guessed at, as many as any row has undecided; None for all."""
+        if self.commit.reads_decided or self.model.reads_decided:
+            return None
+        most = int(masked.sum(-1).max())
+        if most == masked.shape[1]:
+            return None
+        return masked.int().argsort(dim=-1, descending=True, stable=True)[:, :most]
+
+    def _drawn(self, scores: Tensor, size: int, looked: Tensor | None) -> Tensor | None:
+        """Uniform float64 numbers for scores `[..., place, vocabulary]`, if the call samples: drawn for whole blocks of
+        `size` places, so that what is drawn for a place does not depend on which others are decided."""
+        if not self.settings.sampling:
+            return None
+        drawn = torch.rand(*scores.shape[:-2], size, scores.shape[-1], dtype=torch.double, device=scores.device)
+        return drawn if looked is None else drawn[torch.arange(len(looked), device=drawn.device)[:, None], looked]
+
+    def _chosen(self, plain: Tensor, scores: Tensor, drawn: Tensor | None) -> tuple[Tensor, Tensor]:
+        if drawn is not None:
             wide = scores.double()
-            noise = torch.rand_like(wide).clamp_(min=1e-300).log_().neg_()
+            noise = drawn.clamp_(min=1e-300).log_().neg_()
             tokens = ((wide - wide.amax(-1, keepdim=True)).exp() / noise).argmax(-1)
         else:
             tokens = scores.argmax(-1)
@@ -315,8 +315,9 @@ class _Run:
 
     def _quota(self, masked: Tensor) -> Tensor:
         """How many places the pace commits at each row's present step of its block."""
-        quotas = self.settings.quotas
-        return torch.minimum(quotas[self.canvas.block_step.clamp(max=len(quotas) - 1)], masked.sum(-1))
+        canvas, quotas = self.canvas, self.settings.quotas
+        step = canvas.block_step.clamp(max=quotas.shape[1] - 1)
+        return torch.minimum(quotas[canvas.block_places, step], masked.sum(-1))
 
     def _all_guesses(self) -> tuple[Tensor, Tensor]:
         """Tokens and confidences `[row, column]` at all undecided positions, zeros elsewhere."""
@@ -326,7 +327,8 @@ class _Run:
         confidence = torch.zeros(canvas.ids.shape, dtype=torch.float64, device=canvas.ids.device)
         if len(row):
             plain = self._plain(self.model.logits_at(row, column))
-            found, sure = self._chosen(plain, self._processed(plain))
+            scores = self._processed(plain)
+            found, sure = self._chosen(plain, scores, self._drawn(scores, len(row), None))
             tokens[row, column], confidence[row, column] = found, sure
         return tokens, confidence
 
@@ -348,16 +350,20 @@ class _Run:
         rows = self.done | dict(zip(self.canvas.numbers, self.canvas.ids, strict=True))
         ids = torch.stack([rows[row] for row in range(len(settings.ids))])
         new = ids[:, settings.ids.shape[1] :]
-        if settings.end is not None:
-            ended = (new == settings.end).long().cumsum(-1)
-            behind = (ended - (new == settings.end).long()) > 0
-            self.stats.tokens = int((~behind).sum())
-            new = new.masked_fill(behind, settings.pad)
-        else:
-            self.stats.tokens = new.numel()
+        ends = torch.isin(new, settings.eos).long()
+        behind = ends.cumsum(-1) > ends
+        self.stats.tokens = int((~behind).sum())
+        new = new.masked_fill(behind, settings.pad)
         sequences = torch.cat([settings.ids, new], 1)
         if settings.as_dict:
             from transformers.generation.utils import GenerateDecoderOnlyOutput
 
             return GenerateDecoderOnlyOutput(sequences=sequences)  # type: ignore[arg-type]
         return sequences
+
+
+def spread(scores: Tensor, looked: Tensor, size: int) -> Tensor:
+    """`[row, size, vocabulary]`: the scores of the places `looked` `[row, n]`, zeros elsewhere."""
+    whole = scores.new_zeros(len(scores), size, scores.shape[-1])
+    whole[torch.arange(len(scores), device=scores.device)[:, None], looked] = scores
+    return whole

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class Guess:
-    """What the model says about every place of each row's block, the decided ones too.
+    """What the model says about every undecided place of each row's block; and about the decided ones, for a rule that
+    `reads_decided`. Otherwise these have their token, no confidence and scores of zero.
 
     scores `[row, place, vocabulary]` float32 logits after the request's processors (temperature, top-k, top-p); tokens
     `[row, place]`: their argmax or a sample; confidence `[row, place]` float64: the probability of that token before
@@ -88,6 +89,7 @@ class CommitRule(Rule):
     """Which undecided places of the block become final. The loop commits the most confident one where none is."""
 
     slot = "commit"
+    reads_decided = False  # whether `choose` looks at guesses for decided places, which cost as much as the others
 
     @abstractmethod
     def choose(self, guess: Guess, canvas: Canvas) -> Tensor:
@@ -157,11 +159,11 @@ class CanvasRule(Rule):
     keeps = False  # whether what lies behind a row's end stays in place as padding, undecided positions decided
 
     @abstractmethod
-    def trim(self, canvas: Canvas, end: int, found: Tensor, guesses: tuple[Tensor, Tensor] | None) -> Tensor:
+    def trim(self, canvas: Canvas, eos: Tensor, found: Tensor, guesses: tuple[Tensor, Tensor] | None) -> Tensor:
         """`[row]` columns before which each row ends from now on (`canvas.width` for no change).
 
-        end: the end-of-text token; found `[row, column]`: positions committed at this step; guesses: tokens and
-        confidences `[row, column]` at all undecided positions, if `reads_all`.
+        eos `[token]`: the tokens that end a text, any of them; found `[row, column]`: positions committed at this step;
+        guesses: tokens and confidences `[row, column]` at all undecided positions, if `reads_all`.
         """
 
 

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Settings:
     """ids, attention_mask `[row, token]`: the left-padded prompts; length, block, steps_per_block: of the canvas;
-    quotas `[step]`: commits of a whole block; sampling: do_sample, whose temperature is the processors'; end, pad:
-    tokens, None where the model has no end of text."""
+    quotas `[place, step]`: commits of a block that begins with so many undecided places; sampling: do_sample, whose
+    temperature is the processors'; eos `[token]`: the tokens that end a text, none where the model has no end; pad:
+    what a text is filled up with."""
 
     adapter: Adapter | Site
     ids: Tensor
@@ -34,7 +35,7 @@ class Settings:
     mask_token: int | None
     shift: int
     sampling: bool
-    end: int | None
+    eos: Tensor
     pad: int
     as_dict: bool
 
@@ -84,7 +85,7 @@ class Settings:
             raise BadRequest(f"what is committed to {type(model).__name__} is final; leave out revise=True")
         else:
             adapter = adapter_for(model)
-        counts = torch.tensor(quotas(rules.pace, block, steps // blocks), device=ids.device)
+        counts = quotas(rules.pace, block, steps // blocks).to(ids.device)
         cls._check_rows(ids, attention_mask, shift)
         need = int(attention_mask.sum(-1).max()) + length
         if need > adapter.positions:
@@ -92,10 +93,8 @@ class Settings:
                 f"prompt and canvas need {need} positions, the model has {adapter.positions}; shorten the prompt or "
                 f"lower max_new_tokens to {max(adapter.positions - need + length, 0)}"
             )
-        end = config.eos_token_id
-        end = end[0] if isinstance(end, (list, tuple)) else end
-        end = int(end) if end is not None else None
-        pad = config.pad_token_id if config.pad_token_id is not None else (end or 0)
+        ends = [] if config.eos_token_id is None else torch.as_tensor(config.eos_token_id).flatten().tolist()
+        pad = config.pad_token_id if config.pad_token_id is not None else next(iter(ends), 0)
         return cls(
             adapter,
             ids,
@@ -104,11 +103,11 @@ class Settings:
             block,
             None if sliding is None else min(sliding, length),
             steps // blocks,
-            counts.cumsum(0) if rules.revise else counts,
+            counts.cumsum(-1) if rules.revise else counts,
             mask_token,
             shift,
             sampling,
-            end,
+            torch.tensor(ends, dtype=torch.long, device=ids.device),
             int(pad),
             bool(config.return_dict_in_generate),
         )

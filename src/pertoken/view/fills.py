@@ -1,7 +1,9 @@
-"""Fills: when each position of a canvas was committed and when it was computed, off a trace of the denoising loop.
+"""Fills: when each position of a canvas was committed and when it was computed, off a trace of the denoising loop; and
+when each token of a text was inserted, off one of insertions.
 
 Data only; nothing is drawn here. A step of the loop records one decision on what it computed and one on what it
-committed, for the rows that were still open. The canvas begins at the first column that any row ever committed.
+committed, for the rows that were still open. The canvas begins at the first column that any row ever committed. A step
+of insertions records behind which positions tokens were put; positions here are those of the finished text.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from torch import Tensor
 
 from pertoken.core.decision import Decision, Depth, Keep
 from pertoken.core.trace import Step, Trace
-from pertoken.denoise import COMMIT, REFRESH
+from pertoken.denoise import COMMIT, INSERT, REFRESH
+
+GIVEN = "⟨given⟩"
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +29,8 @@ class Fill:
     prompt: how many columns are prompt; committed `[position]` int: the step of each canvas position, 0 where it was
     cut off undecided; computed `[step, column]` float: share of the layers run on it; block `[step]`: the block that
     was open; tokens `[position]`: ids, None where nothing was committed or none was recorded; pieces: texts of the
-    prompt's tokens, and of the output's, one per position up to its end.
+    prompt's tokens, and of the output's, one per position up to its end. Of insertions, whose whole text is canvas:
+    given `[position]`: what was there from the start, committed at step 0; stop `[step]`: P(stop).
     """
 
     number: int
@@ -36,6 +41,13 @@ class Fill:
     tokens: tuple[int | None, ...]
     prompt_pieces: Sequence[str] = ()
     pieces: Sequence[str] = ()
+    given: Tensor | None = None
+    stop: tuple[float, ...] = ()
+
+    @property
+    def verb(self) -> str:
+        """What happens to a position at its step."""
+        return "committed" if self.given is None else "inserted"
 
     @property
     def text(self) -> list[tuple[int, str, int]]:
@@ -43,7 +55,10 @@ class Fill:
         steps = self.committed.tolist()
         if self.pieces:
             return [(place, piece, steps[place]) for place, piece in enumerate(self.pieces[: self.length])]
-        return [(place, f"⟨{token}⟩", steps[place]) for place, token in enumerate(self.tokens) if token is not None]
+        given = [False] * self.length if self.given is None else self.given.tolist()
+        named = [GIVEN if known else f"⟨{token}⟩" for known, token in zip(given, self.tokens, strict=True)]
+        shown = [known or token is not None for known, token in zip(given, self.tokens, strict=True)]
+        return [(place, name, steps[place]) for place, name in enumerate(named) if shown[place]]
 
     @property
     def steps(self) -> int:
@@ -83,6 +98,8 @@ class Spent:
 
 def fills(trace: Trace) -> list[Fill]:
     """The rows in order; empty for a trace of another kind."""
+    if inserts := list(trace.at(INSERT)):
+        return _inserted(inserts, trace.about.get("rows") or [])
     commits, refreshes = list(trace.at(COMMIT)), list(trace.at(REFRESH))
     if not commits or len(commits) != len(refreshes):
         return []
@@ -115,6 +132,43 @@ def _fill(row: int, start: int, commits: list[Step], refreshes: list[Step], text
         tokens=tuple(tokens),
         prompt_pieces=texts.get("prompt") or (),
         pieces=texts.get("output") or (),
+    )
+
+
+def _inserted(steps: list[Step], texts: list[dict[str, Any]]) -> list[Fill]:
+    rows = sorted({row for step in steps for row in step.rows})
+    found = []
+    for row in rows:
+        own = [(step.rows.index(row), step) for step in steps if row in step.rows]
+        found.append(_grown(row, own, texts[row].get("output") or () if row < len(texts) else ()))
+    return found
+
+
+def _grown(row: int, own: list[tuple[int, Step]], pieces: Sequence[str]) -> Fill:
+    """A row of insertions, without the token that begins it and its gap markers, which are open before the first."""
+    at, first = own[0]
+    assert isinstance(first.decision, Keep)
+    markers = first.decision.valid[at]
+    given = _noted(first, "given", at, len(markers) - int(markers.sum()))
+    opened = [*markers.tolist(), *[False] * len(markers)][: given + int(markers.sum())]
+    line: list[tuple[int, int | None] | None] = [None if marker else (0, None) for marker in opened]
+    for number, (at, step) in enumerate(own, 1):
+        places = _keep(step.decision)[at].nonzero().flatten().tolist()
+        tokens = _noted(step, "tokens", at, [None] * len(places))
+        for place, token in reversed(list(zip(places, tokens, strict=True))):
+            line.insert(place + 1, (number, token))
+    born = [one for one in line[1:] if one is not None]
+    committed = torch.tensor([step for step, _ in born], dtype=torch.long)
+    return Fill(
+        number=row,
+        prompt=0,
+        committed=committed,
+        computed=(torch.arange(1, len(own) + 1)[:, None] > committed).float(),
+        block=(0,) * len(own),
+        tokens=tuple(token for _, token in born),
+        pieces=pieces[max(len(pieces) - len(born), 0) :],
+        given=committed == 0,
+        stop=tuple(_noted(step, "stop", at, 0.0) for at, step in own),
     )
 
 

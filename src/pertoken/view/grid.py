@@ -13,7 +13,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from pertoken.view.fills import Fill
+from pertoken.view.fills import GIVEN, Fill
 from pertoken.view.spans import marked
 
 OPEN, DECIDED, PROMPT = "open", "decided", "prompt"
@@ -81,7 +81,11 @@ def grid(fill: Fill, most_columns: int, most_lines: int) -> Grid:
     prompt, canvas = fill.computed[:, : fill.prompt], fill.computed[:, fill.prompt :]
     decided = (torch.arange(1, fill.steps + 1)[:, None] > fill.committed) & (fill.committed > 0)
     boxes = [*_boxes(_binned(prompt, tall, wide), None, 0.0)] if fill.prompt else []
-    boxes += _boxes(_binned(canvas, tall, per), _binned(decided.float(), tall, per), start)
+    states = _binned(decided.float(), tall, per) > 0.5
+    if fill.given is not None:  # nothing is ever undecided
+        boxes += _boxes(_binned(canvas * fill.given, tall, per), None, start)
+        canvas, states = canvas * ~fill.given, torch.ones_like(states)
+    boxes += _boxes(_binned(canvas, tall, per), states, start)
     return Grid(
         width=start + own,
         start=start,
@@ -105,12 +109,12 @@ def _binned(values: Tensor, tall: int, wide: int) -> Tensor:
 
 def _boxes(work: Tensor, decided: Tensor | None, start: float) -> list[Box]:
     """Upright runs of equal work and state, joined with equal neighbours. work, decided `[line, column]`; without
-    `decided` it is a prompt."""
+    `decided` it is given."""
     levels = (work * LEVELS).ceil().long().T.tolist()
     if decided is None:
         states = [[PROMPT] * len(column) for column in levels]
     else:
-        states = [[DECIDED if share > 0.5 else OPEN for share in column] for column in decided.T.tolist()]
+        states = [[DECIDED if is_so else OPEN for is_so in column] for column in decided.T.tolist()]
     boxes, beside = [], {}
     for x, column in enumerate(zip(levels, states, strict=True)):
         runs = {key: beside.get(key, x) for key in _runs(column)}
@@ -146,8 +150,10 @@ def _line(fill: Fill, first: int, tall: int, per: int, start: float) -> Line:
         marks.append(Mark(start + x, tone(first, fill.steps), len(here) / size, _names(fill, here)))
     name = f"step {first}" if first == last else f"steps {first}–{last}"
     computed, whole = fill.computed[first - 1 : last].sum(), fill.computed[first - 1 : last].numel()
-    title = f"{name} of {fill.steps}: {len(places)} committed, {computed:,.0f} of {whole:,} positions computed"
-    return Line(first, last, title, marks)
+    title = f"{name} of {fill.steps}: {len(places)} {fill.verb}, "
+    if fill.given is None:
+        return Line(first, last, f"{title}{computed:,.0f} of {whole:,} positions computed", marks)
+    return Line(first, last, f"{title}{computed:,.0f} tokens read, P(stop) {fill.stop[last - 1]:.2f}", marks)
 
 
 def _names(fill: Fill, places: list[int]) -> str:
@@ -161,4 +167,6 @@ def spelled(fill: Fill, place: int) -> str:
     """The text of a canvas position, with its whitespace visible."""
     if place < len(fill.pieces):
         return marked(fill.pieces[place]) or "·"
+    if fill.given is not None and fill.given[place]:
+        return GIVEN
     return "behind the end of text" if fill.pieces else f"⟨{fill.tokens[place]}⟩"

@@ -102,19 +102,19 @@ def _section(trace: Trace, number: int) -> dict[str, Any]:
 
 
 def _filled(found: Sequence[Fill]) -> dict[str, Any]:
-    """A canvas that was filled in any order: figures, the text by step, and a picture of every row."""
-    told = spent(found)
+    """A canvas that was filled in any order, or a text that tokens were inserted into: figures, the text by step, and a
+    picture of every row."""
+    told, inserted = spent(found), found[0].given is not None
+    thing = "tokens inserted" if inserted else "positions"
     figures = [
-        ("positions", f"{told.committed:,}"),
+        (thing, f"{told.committed:,}"),
         ("model steps", f"{told.steps:,}"),
-        ("positions per step of a row", f"{told.committed / told.row_steps:.2f}"),
-        ("of all positions computed", f"{100 * told.computed / told.whole:.0f} %"),
+        (f"{thing} per step of a row", f"{told.committed / told.row_steps:.2f}"),
     ]
-    return _EMPTY | {
-        "figures": figures,
-        "filled": True,
-        "passages": [_fill(fill) for fill in found],
-    }
+    if not inserted:
+        figures.append(("of all positions computed", f"{100 * told.computed / told.whole:.0f} %"))
+    filled = "inserted" if inserted else "canvas"
+    return _EMPTY | {"figures": figures, "filled": filled, "passages": [_fill(fill) for fill in found]}
 
 
 def _fill(fill: Fill) -> dict[str, Any]:
@@ -123,22 +123,24 @@ def _fill(fill: Fill) -> dict[str, Any]:
     firsts = {step: line.first for line in picture.lines for step in range(line.first, line.last + 1)}
     tokens = []
     for place, piece, step in fill.text:
-        told = f"committed at step {step} of {fill.steps}, computed {again[place]}× after it"
+        told = f"{fill.verb} at step {step} of {fill.steps}, computed {again[place]}× after it"
+        left = (UNKNOWN, "cut off") if fill.given is None else ("prompt", "given")
+        kind, told = (FILLED, told) if step else left
         token = {
             "text": printable(piece),
-            "kind": FILLED if step else UNKNOWN,
+            "kind": kind,
             "line_end": "\n" in piece,
-            "title": f"position {place}, {spelled(fill, place)}: {told if step else 'cut off'}",
+            "title": f"position {place}, {spelled(fill, place)}: {told}",
             "style": f"--t:{100 * tone(step, fill.steps):.0f}%" if step else None,
         }
         tokens.append((firsts.get(step, 0), token))
     steps = [(step, [token for _, token in run]) for step, run in groupby(tokens, lambda one: one[0])]
-    canvas = {"steps": fill.steps, "length": fill.length, "prompt": fill.prompt, "grid": picture}
+    canvas = {"steps": fill.steps, "length": fill.length, "prompt": fill.prompt, "verb": fill.verb, "grid": picture}
     return _prompted(fill.number, fill.prompt_pieces) | {"steps": steps, "canvas": canvas}
 
 
 _EMPTY: dict[str, Any] = {
-    "figures": [], "legend": [], "passages": [], "filled": False, "deepest": 0, "chart": None, "trees": [],
+    "figures": [], "legend": [], "passages": [], "filled": "", "deepest": 0, "chart": None, "trees": [],
     "decisions": {},
 }  # fmt: skip
 

@@ -30,12 +30,16 @@ CHART_LINES, CHART_WIDTH = 32, 40
 FILL_LINES, FILL_COLUMNS, FILL_ROWS = 24, 48, 4
 RAMP = ("#8f9bf0", "#b79af0", "#de9ce0", "#f59fb8", "#fbb184", "#f7cf6b")  # first step to last
 WORKED = {DECIDED: "▒"}
+KEYS = {
+    "committed": "█ committed   ░ computed while undecided   ▒ computed after its commit",
+    "inserted": "█ inserted   ▒ read from then on   ░ given",
+}
 
 
 def text_view(trace: Trace) -> RenderableType:
     """The output of every row, each token styled by what it cost, below a dimmed end of its prompt."""
     if filled := fills(trace):
-        return Group(_headline(trace, _filled_summary(filled)), *_fill_texts(filled), _ramp())
+        return Group(_headline(trace, _filled_summary(filled)), *_fill_texts(filled), _ramp(filled[0].verb))
     found = passages(trace)
     parts: list[RenderableType] = [_headline(trace, summarised(totals(trace))), *_row_texts(found)]
     if not found:
@@ -62,6 +66,8 @@ def summarised(sums: Totals) -> str:
 
 def _filled_summary(found: Sequence[Fill]) -> str:
     told = spent(found)
+    if found[0].given is not None:
+        return f"{told.committed} tokens inserted in {told.steps} model steps"
     share = 100 * told.computed / told.whole
     return f"{told.committed} positions in {told.steps} model steps, {share:.0f} % of all positions computed"
 
@@ -80,8 +86,8 @@ def _shade(share: float) -> str:
     return RAMP[min(int(share * len(RAMP)), len(RAMP) - 1)]
 
 
-def _ramp() -> Text:
-    line = Text("committed first ", "dim")
+def _ramp(verb: str) -> Text:
+    line = Text(f"{verb} first ", "dim")
     for colour in RAMP:
         line.append("   ", f"on {colour}")
     return line.append(" last", "dim")
@@ -169,11 +175,18 @@ def _canvases(found: Sequence[Fill]) -> RenderableType:
     parts: list[RenderableType] = []
     for fill in found[:FILL_ROWS]:
         row = f"row {fill.number}, " if len(found) > 1 else ""
-        parts.append(Text(f"{row}{fill.prompt} prompt tokens | {fill.length} positions from left to right", "dim"))
+        parts.append(Text(row + _columns(fill), "dim"))
         parts.append(_canvas(fill))
     if len(found) > FILL_ROWS:
         parts.append(Text(f"and {len(found) - FILL_ROWS} more rows", "dim"))
-    return Group(*parts, Text("█ committed   ░ computed while undecided   ▒ computed after its commit", "dim"))
+    return Group(*parts, Text(KEYS[found[0].verb], "dim"))
+
+
+def _columns(fill: Fill) -> str:
+    """What the columns of its canvas are."""
+    if fill.given is None:
+        return f"{fill.prompt} prompt tokens | {fill.length} positions from left to right"
+    return f"{fill.length} tokens of the finished text from left to right, {int(fill.given.sum())} of them given"
 
 
 def _canvas(fill: Fill) -> Text:
