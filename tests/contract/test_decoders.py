@@ -7,10 +7,11 @@ import torch
 from scipy.stats import chisquare
 
 from pertoken.core.attach import attach, fingerprint
-from pertoken.core.card import card
+from pertoken.core.errors import BadRequest
 from pertoken.core.trace import Trace
 from pertoken.decode import make
-from tests.contract.conftest import DECODERS, FAMILIES, POLICIES
+from pertoken.decode.full import Full
+from tests.contract.conftest import DECODERS, FAMILIES, POLICIES, built
 
 NEW = 24
 
@@ -118,9 +119,15 @@ def test_under_an_attached_policy_it_is_still_lossless(target, decoder, prompts,
     """The pair (policy, decoder): the decoder then speeds up the cheaper model, exactly, or the pair is refused."""
     ids, mask = prompts
     before = fingerprint(target)
-    with attach(target, card(policy).build()):
-        expected = generate(target, ids, mask, max_new_tokens=10)
+    one = built(policy)
+    try:
+        with attach(target, one):
+            pass
+    except BadRequest as refusal:
+        pytest.skip(f"refused: {refusal}")
+    with attach(target, one):
         try:
+            expected = generate(target, ids, mask, Full(), max_new_tokens=10)
             found = generate(target, ids, mask, decoder, max_new_tokens=10)
         except ValueError as refusal:
             assert "both decide" in str(refusal)

@@ -9,14 +9,13 @@ Queries of a prefill share keys in runs, which begin at each row's first real to
 every node of a decoder's token tree, chooses for itself. What is chosen is a function of the row alone, however it is
 padded; chunks of a prefill give what the whole gives if they are multiples of the run.
 
-Positions: with `compact`, keys are cached as they are before rotation, and are turned, with the queries, by their
-places among the keys that are read. Distances are then never longer than what is read, so that a model reads contexts
-longer than any it was trained on. Otherwise keys keep the positions that the model gave them.
+Positions: with `positions="compact"`, keys are cached as they are before rotation, and are turned, with the queries, by
+their places among the keys that are read. Distances are then never longer than what is read, so that a model reads
+contexts longer than any it was trained on. With "original" keys keep the positions that the model gave them.
 """
 
 from __future__ import annotations
 
-import itertools
 from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -24,20 +23,21 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from pertoken.attend.reader import Reader, check_keys, readable
 from pertoken.attend.sight import Causal, Kept, Masked, Runs, Sight
 from pertoken.core.attach import Attachment
 from pertoken.core.budget import Budget
 from pertoken.core.decision import Select
 from pertoken.core.errors import BadRequest
 from pertoken.core.policy import Policy, View
-from pertoken.models.adapter import Adapter, adapter_for
-from pertoken.models.attention import attention_configs, own_attention
-from pertoken.models.kind import kind_of
+from pertoken.models.adapter import Adapter
+from pertoken.models.attention import own_attention
 from pertoken.models.rotary import Rotary
 from pertoken.ops.selected_attention import selected_attention
 
 SITE = "attend.keys"
-_numbers = itertools.count()
+PROMPT = "attend.prompt"
+POSITIONS = ("original", "compact")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,9 @@ class KeyView(View):
 
     queries `[batch, heads, run, query, dim]`, zeros where there is no query; keys and values `[batch, kv_heads, key,
     dim]`; runs and kept: see `attend.sight`; scale: of the scores; state: what the policy keeps for this layer and
-    request; rotary: turns queries and keys, which are not turned yet; None where they are.
+    request; rotary: turns queries and keys, which are not turned yet; None where they are; prompt and prompt_before
+    `[batch]`: tokens of each row up to the end of the last forward of a text of several tokens, and at the one before
+    it; what follows was generated; memo: what a policy has worked out from this view, for its own use.
     """
 
     layer: int = 0
@@ -58,6 +60,21 @@ class KeyView(View):
     scale: float = 1.0
     state: dict[str, Any] = field(default_factory=dict)
     rotary: Rotary | None = None
+    prompt: Tensor = field(default_factory=lambda: torch.empty(0))
+    prompt_before: Tensor = field(default_factory=lambda: torch.empty(0))
+    memo: dict[str, Any] = field(default_factory=dict)
+
+    def mean_queries(self, distance: int) -> Tensor:
+        """`[batch, heads, run, dim]` the mean query of each run, fp32; zeros where there is none.
+
+        Where keys are not turned yet, as if they all stood `distance` tokens before the run's first query."""
+        queries, runs = self.queries.detach(), self.runs
+        if self.rotary is not None:
+            places = torch.arange(runs.length, device=queries.device) + distance
+            queries = self.rotary.turn(queries, places, distance + runs.length)
+        if runs.length == 1:
+            return queries[:, :, :, 0].float()
+        return queries.float().sum(3) / runs.real.sum(-1).clamp(min=1)[:, None, :, None]
 
 
 @dataclass(frozen=True)
@@ -66,27 +83,32 @@ class KeyPolicy(Policy):
 
     budget: keys chosen for each run, in tokens or as a share of those to choose from, besides the first `sinks` and the
     last `recent` that it sees, which are always read, as is all of a run by itself; run: queries of a prefill that
-    share their keys.
+    share their keys; positions: "original", or "compact" (see the module).
+
+    each: budget and `recent` are those of each query instead: `decide` gives a run the keys that any of its queries can
+    need, and `weigh` says which of them each one reads.
     """
 
     budget: Budget = Budget(tokens=2048)
     sinks: int = 128
     recent: int = 512
     run: int = 512
+    positions: str = "original"
     reads: ClassVar[frozenset[str]] = frozenset({"queries", "keys"})
     writes: ClassVar[frozenset[str]] = frozenset({"keys read"})
-    compact: ClassVar[bool] = False
+    each: ClassVar[bool] = False
     small: ClassVar[dict[str, Any]] = {"budget": Budget(fraction=0.5), "sinks": 1, "recent": 2, "run": 2}
 
     def __post_init__(self) -> None:
-        if wrong := set(self.budget.units()) - {"tokens", "fraction"}:
-            raise BadRequest(
-                f"{type(self).__name__} chooses keys: budget {wrong.pop()}={self.budget} means nothing to it; give "
-                "Budget(tokens=...) or Budget(fraction=...)"
-            )
-        for name, least in (("sinks", 0), ("recent", 0), ("run", 1)):
-            if getattr(self, name) < least:
-                raise BadRequest(f"{name}={getattr(self, name)} is too small; give {least} or more tokens")
+        least = {"sinks": (self.sinks, 0), "recent": (self.recent, 0), "run": (self.run, 1)}
+        check_keys(type(self).__name__, self.budget, **least)
+        if self.positions not in POSITIONS:
+            raise BadRequest(f"positions={self.positions!r} is unknown; choose {' or '.join(map(repr, POSITIONS))}")
+
+    @property
+    def compact(self) -> bool:
+        """Whether keys are turned by their places among those that are read."""
+        return self.positions == "compact"
 
     @abstractmethod
     def weigh(self, view: KeyView, index: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -103,7 +125,7 @@ class KeyPolicy(Policy):
         assert isinstance(view, KeyView)
         kept, runs = view.kept, view.runs
         limits = self.limits(kept)
-        most = min(self.budget.count(kept.most), kept.most)
+        most = min(self.budget.count(kept.most + kept.later), kept.most)
         base = kept.index[:, None]
         if most:
             best = self.choose(view, most, limits)
@@ -119,27 +141,27 @@ class KeyPolicy(Policy):
     def limits(self, kept: Kept) -> Tensor:
         """`[batch, run]` how many of the candidates are read."""
         if self.budget.fraction is not None:
-            return torch.ceil(kept.counts * self.budget.fraction - 1e-6).long()
-        return kept.counts.clamp(max=self.budget.count(kept.most))
+            share = torch.ceil((kept.counts + kept.later) * self.budget.fraction - 1e-6).long()
+            return torch.minimum(share, kept.counts)
+        return kept.counts.clamp(max=self.budget.count(kept.most + kept.later))
 
     def leaves_out(self, kept: Kept) -> bool:
         """Whether any run would read less than it sees."""
-        return self.budget.count(kept.most) < kept.most
+        return self.budget.count(kept.most + kept.later) < kept.most + kept.later
+
+    def adds(self, layer: int) -> bool:
+        """Whether this layer's attention is another one even where all is read, because of what `weigh` adds."""
+        return False
+
+    def fitted(self, adapter: Adapter) -> KeyPolicy:
+        """The policy with what it needs for this model; raises `BadRequest` where it was made for another."""
+        return self
 
     def install(self, model: Any, attachment: Attachment) -> None:
-        if kind_of(model) != "causal":
-            raise BadRequest(
-                f"{type(self).__name__} chooses among the keys before a token, and {type(model).__name__} reads in "
-                "both directions; attach it to a causal language model"
-            )
-        adapter = adapter_for(model)
-        if all(adapter.window(layer) is not None for layer in range(adapter.depth)):
-            raise BadRequest(
-                f"every layer of {type(model).__name__} reads a sliding window of {adapter.window(0)} tokens, and such "
-                "layers are left as they are; attach a policy that chooses keys to a model with full attention"
-            )
+        adapter = readable(type(self).__name__, model)
         if not self.budget.is_full or attachment.taped:
-            Reading(adapter, self, attachment).install()
+            attachment.policy = policy = self.fitted(adapter)
+            Reading(adapter, policy, attachment).install()
 
 
 @dataclass(frozen=True)
@@ -158,47 +180,23 @@ class Selection(KeyPolicy):
         return None, None
 
 
-class Reading:
-    """One policy's attention function on one model, and the mask function beside it."""
+class Reading(Reader):
+    """One policy's attention function on one model."""
 
     def __init__(self, adapter: Adapter, policy: KeyPolicy, attachment: Attachment):
-        self.adapter, self.policy, self.attachment = adapter, policy, attachment
-        self.usual = adapter.config._attn_implementation
-        self.name = f"pertoken_selection_{next(_numbers)}"
-        self.layers = {i for i in range(adapter.depth) if adapter.window(i) is None}
+        super().__init__(adapter, attachment)
+        self.policy = policy
         self.rotary = Rotary(adapter) if policy.compact else None
         self.tree, self.real, self.sights = False, None, {}
 
     def install(self) -> None:
-        from transformers.masking_utils import AttentionMaskInterface
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-        attachment = self.attachment
-        attachment.set_item(ALL_ATTENTION_FUNCTIONS, self.name, self.attention)
-        attachment.set_item(AttentionMaskInterface._global_mapping, self.name, self.mask)
-        for config in attention_configs(self.adapter):
-            attachment.set_attribute(config, "_attn_implementation_internal", self.name)
-        attachment.on_forward(self.begin)
-        attachment.announce(self.adapter.base, self.adapter.depth)
+        self.put_on()
         if self.rotary is not None:
             for index in self.layers:
-                attachment.wrap(self.adapter.attention(index), self.rotary.unturned)
+                self.attachment.wrap(self.adapter.attention(index), self.rotary.unturned)
 
     def begin(self, view: View) -> None:
         self.tree, self.real, self.sights = view.tree, view.valid, {}
-
-    def mask(self, **given: Any) -> Any:
-        """In place of the model's mask function: a `Sight` where queries see what is before them, else its mask."""
-        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, prepare_padding_mask
-
-        plain = lambda: ALL_MASK_ATTENTION_FUNCTIONS[self.usual](**given)  # noqa: E731
-        if not self.attachment.enabled or given["mask_function"] is not causal_mask_function or given["kv_offset"]:
-            return plain()
-        keys, queries, first = given["kv_length"], given["q_length"], int(given["q_offset"])
-        valid = prepare_padding_mask(given["attention_mask"], keys, 0)
-        if valid is None:
-            valid = torch.ones(given["batch_size"], keys, dtype=torch.bool, device=given["device"])
-        return Causal(valid[:, :keys].bool(), first, queries, plain)
 
     def sight(self, mask: Any, query: Tensor, key: Tensor) -> Sight:
         """What this forward may read; one object for all of its layers, as what is worked out is kept in it."""
@@ -219,20 +217,21 @@ class Reading:
     def attention(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **given: Any
     ) -> tuple[Tensor, Any]:
-        """As every attention function of transformers: output `[batch, query, heads, dim]` and no weights."""
         layer, own = module.layer_idx, own_attention(module, self.usual)
         if not self.attachment.enabled or layer not in self.layers:
             return own(module, query, key, value, mask.plain if isinstance(mask, Sight) else mask, **given)
         sight = self.sight(mask, query, key)
+        if sight.prompt is None:
+            sight.prompt = self.prompt(sight)
         runs = sight.runs(1 if self.tree else self.policy.run)
-        kept = runs.kept(self.policy.sinks, self.policy.recent)
-        whole = not self.attachment.taped and not self.policy.leaves_out(kept)
+        kept = runs.kept(self.policy.sinks, self.policy.recent, self.policy.each)
+        whole = not self.attachment.taped and not self.policy.leaves_out(kept) and not self.policy.adds(layer)
         if whole and self.rotary is None:
             return own(module, query, key, value, sight.plain, **given)
         if whole and self.rotary is not None and isinstance(sight, Causal):
             query, key = self.turned(self.rotary, query, key, sight)
             return own(module, query, key, value, sight.plain, **given)
-        scale = given.get("scaling")
+        scale, softcap = self.scoring(query, given)
         view = KeyView(
             valid=sight.real,
             layers=self.adapter.depth,
@@ -242,39 +241,58 @@ class Reading:
             values=value,
             runs=runs,
             kept=kept,
-            scale=query.shape[-1] ** -0.5 if scale is None else scale,
+            scale=scale,
             state=self.state(layer, sight),
             rotary=self.rotary,
+            tree=self.tree,
+            prompt=sight.prompt[0],
+            prompt_before=sight.prompt[1],
         )
         decision = self.attachment.decide(f"{SITE}.{layer}", view)
         assert isinstance(decision, Select)
-        out = self.read(view, decision, given.get("softcap") if self.usual == "eager" else None)
+        out = attended(self.policy, view, decision, softcap)
         return runs.join(out).transpose(1, 2).contiguous(), None
 
     @staticmethod
     def turned(rotary: Rotary, query: Tensor, key: Tensor, sight: Causal) -> tuple[Tensor, Tensor]:
         """Queries and keys `[batch, heads, token, dim]` turned by their places among the real keys of their row."""
         places = (sight.valid.int().cumsum(-1) - 1).clamp(min=0)[:, None]
-        return rotary.turn(query, places[..., sight.first : sight.first + sight.queries]), rotary.turn(key, places)
+        own = places[..., sight.first : sight.first + sight.queries]
+        return rotary.turn(query, own, sight.keys), rotary.turn(key, places, sight.keys)
 
     def state(self, layer: int, sight: Sight) -> dict[str, Any]:
         """This layer's part of the attachment's state, emptied when a forward has nothing before it."""
         states = self.attachment.state.setdefault(SITE, {})
-        if sight.keys == sight.queries or (isinstance(sight, Causal) and sight.first == 0):
+        if sight.begins:
             states[layer] = {}
         return states.setdefault(layer, {})
 
-    def read(self, view: KeyView, decision: Select, softcap: float | None) -> Tensor:
-        """`[batch, heads, run, query, dim]` attention over the decided keys."""
-        runs, index = view.runs, decision.index
-        reads = runs.sight.reads(runs.slots, index)
-        more, bias = self.policy.weigh(view, index)
-        queries, turned = view.queries, None
-        if self.rotary is not None:
-            queries = self.rotary.turn(queries, (reads.sum(-1) - 1).clamp(min=0))
-            turned = self.rotary.table(index.shape[-1])
-        if more is not None:
-            reads = reads & more
-        return selected_attention(
-            queries, view.keys, view.values, index.clamp(min=0), reads, view.scale, bias, softcap, turned
-        )
+    def prompt(self, sight: Sight) -> tuple[Tensor, Tensor]:
+        """`[batch]` tokens of the prompt now, and before this forward: see `KeyView`."""
+        state = self.attachment.state
+        if sight.begins:
+            state.pop(SITE, None)
+        before: Tensor | None = state.get(PROMPT)
+        if before is None or sight.begins:
+            before = (sight.filled.sum(-1) - sight.real.sum(-1)).clamp(min=0) * (not self.tree)
+        text = sight.queries > 1 or sight.begins
+        now = sight.filled.sum(-1) if text and not self.tree else before
+        state[PROMPT] = now
+        return now, before
+
+
+def attended(policy: KeyPolicy, view: KeyView, decision: Select, softcap: float | None = None) -> Tensor:
+    """`[batch, heads, run, query, dim]` attention over the decided keys, as the policy weighs them."""
+    runs, index = view.runs, decision.index
+    reads = runs.sight.reads(runs.slots, index)
+    more, bias = policy.weigh(view, index)
+    queries, turned = view.queries, None
+    if view.rotary is not None:
+        places = (reads.sum(-1) - 1).clamp(min=0).repeat_interleave(queries.shape[1] // index.shape[1], 1)
+        queries = view.rotary.turn(queries, places, index.shape[-1])
+        turned = view.rotary.table(index.shape[-1])
+    if more is not None:
+        reads = reads & more
+    return selected_attention(
+        queries, view.keys, view.values, index.clamp(min=0), reads, view.scale, bias, softcap, turned
+    )

@@ -22,6 +22,17 @@ class Sight(ABC):
     def __init__(self, valid: Tensor, real: Tensor, plain: Callable[[], Any]):
         self.valid, self.real, self._plain = valid, real, plain
         self._runs: dict[int, Runs] = {}
+        self.prompt: tuple[Tensor, Tensor] | None = None
+
+    @property
+    @abstractmethod
+    def begins(self) -> bool:
+        """Whether nothing stands before the queries."""
+
+    @property
+    @abstractmethod
+    def filled(self) -> Tensor:
+        """`[batch, key]` bool: the real keys up to the last query."""
 
     @cached_property
     def plain(self) -> Any:
@@ -45,8 +56,8 @@ class Sight(ABC):
 
     @abstractmethod
     def seen(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """`[batch, run, key]`: keys that some query of a run may read, and keys that all may; slots `[batch, run,
-        query]`, -1 where there is none."""
+        """`[batch, run, key]`: keys that some query of a run may read, and keys before the run that all may; slots
+        `[batch, run, query]`, -1 where there is none."""
 
     @abstractmethod
     def reads(self, slots: Tensor, index: Tensor) -> Tensor:
@@ -60,11 +71,19 @@ class Causal(Sight):
         super().__init__(valid, valid[:, first : first + queries], plain)
         self.first = first
 
+    @property
+    def begins(self) -> bool:
+        return self.first == 0
+
+    @property
+    def filled(self) -> Tensor:
+        return self.valid[:, : self.first + self.queries]
+
     def seen(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         column = torch.arange(self.keys, device=self.valid.device)
         last = (slots.amax(-1) + self.first)[..., None]
         first = (slots[..., 0] + self.first)[..., None]
-        return self.valid[:, None] & (column <= last), self.valid[:, None] & (column <= first)
+        return self.valid[:, None] & (column <= last), self.valid[:, None] & (column < first)
 
     def reads(self, slots: Tensor, index: Tensor) -> Tensor:
         rows = torch.arange(len(index), device=index.device)[:, None, None, None]
@@ -77,9 +96,17 @@ class Masked(Sight):
 
     def __init__(self, mask: Tensor, real: Tensor | None = None):
         seen = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2)[:, 0]
-        real = seen.any(-1) if real is None else real
+        real = seen.any(-1) if real is None else real & seen.any(-1)
         super().__init__((seen & real[..., None]).any(1), real, lambda: mask)
         self.mask = seen
+
+    @cached_property
+    def begins(self) -> bool:
+        return self.keys == self.queries or bool((self.valid.sum(-1) == self.real.sum(-1)).all())
+
+    @property
+    def filled(self) -> Tensor:
+        return self.valid
 
     def _of(self, slots: Tensor) -> Tensor:
         """`[batch, run, query, key]`, all False where there is no query."""
@@ -88,7 +115,9 @@ class Masked(Sight):
 
     def seen(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         seen = self._of(slots)
-        return seen.any(2), (seen | (slots < 0)[..., None]).all(2) & seen.any(2)
+        column = torch.arange(self.keys, device=seen.device)
+        own = (seen[:, :, 0] * column).amax(-1, keepdim=True)  # a token is the last one that it sees
+        return seen.any(2), (seen | (slots < 0)[..., None]).all(2) & seen.any(2) & (column < own)
 
     def reads(self, slots: Tensor, index: Tensor) -> Tensor:
         seen = self._of(slots)[:, None].expand(-1, index.shape[1], -1, -1, -1)
@@ -98,7 +127,7 @@ class Masked(Sight):
 
 class Runs:
     """Queries in runs of `length`. slots `[batch, run, query]`: which query of the forward stands there, -1 for none;
-    some and all `[batch, run, key]`: keys that some query of the run may read, and that all may."""
+    some and all `[batch, run, key]`: keys that some query of the run may read, those before it that all may."""
 
     def __init__(self, sight: Sight, length: int):
         self.sight, self.length = sight, length
@@ -117,11 +146,16 @@ class Runs:
             self.slots = self.slots.clamp(min=0)
         self.real = self.slots >= 0
         self.some, self.all = sight.seen(self.slots)
-        self._kept: dict[tuple[int, int], Kept] = {}
+        self._kept: dict[tuple[int, int, bool], Kept] = {}
 
     @property
     def count(self) -> int:
         return self.slots.shape[1]
+
+    @property
+    def decoding(self) -> bool:
+        """Whether this is the next token of each row of a text that grows column by column."""
+        return isinstance(self.sight, Causal) and self.sight.queries == 1
 
     def split(self, queries: Tensor) -> Tensor:
         """`[batch, heads, query, dim]` -> `[batch, heads, run, query, dim]`, zeros where there is no query."""
@@ -142,18 +176,22 @@ class Runs:
         where = torch.where(self.real, self.slots, self.sight.queries).view(rows, 1, -1, 1).expand(-1, heads, -1, dim)
         return joined.scatter(2, where, flat)[:, :, :-1]
 
-    def kept(self, sinks: int, recent: int) -> Kept:
-        """The keys that every run keeps: its first `sinks`, its last `recent`, and those that not all of it sees."""
-        if (sinks, recent) not in self._kept:
-            self._kept[sinks, recent] = Kept(self, sinks, recent)
-        return self._kept[sinks, recent]
+    def kept(self, sinks: int, recent: int, each: bool = False) -> Kept:
+        """The keys that every run keeps: its first `sinks`, its last `recent`, and those that not all of it sees; with
+        `each` the last `recent` of each of its queries."""
+        if (sinks, recent, each) not in self._kept:
+            self._kept[sinks, recent, each] = Kept(self, sinks, recent, each)
+        return self._kept[sinks, recent, each]
 
 
 class Kept:
     """index `[batch, run, kept]` columns in order, -1 for none; candidates `[batch, run, key]` bool: those between, of
-    which a method chooses; counts `[batch, run]` how many, most the largest of these."""
+    which a method chooses; counts `[batch, run]` how many, most the largest of these; later: with `each`, so many more
+    at most are between for a later query of a run."""
 
-    def __init__(self, runs: Runs, sinks: int, recent: int):
+    def __init__(self, runs: Runs, sinks: int, recent: int, each: bool = False):
+        self.later = runs.length - 1 if each else 0
+        recent += self.later if recent else 0
         some = runs.some
         rank = some.int().cumsum(-1)
         total = rank[..., -1:]
@@ -163,6 +201,7 @@ class Kept:
         self.most = int(self.counts.max()) if self.counts.numel() else 0
         self.index = packed(kept)
         self.rank = rank
+        self.worked_out: dict[Any, Any] = {}  # by policies, for all layers of the forward
 
 
 def packed(chosen: Tensor) -> Tensor:

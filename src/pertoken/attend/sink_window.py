@@ -1,6 +1,6 @@
 """Attention sinks and a window: the first and the last keys, and none between (StreamingLLM, arXiv 2309.17453).
 
-With `positions="places"`, as in the paper, keys are turned by their places among those that are read, so that a model
+With `positions="compact"`, as in the paper, keys are turned by their places among those that are read, so that a model
 streams beyond the length it was trained on. The keys stay in the cache; `budget` adds more of the latest ones.
 """
 

@@ -162,9 +162,9 @@ def prompts(bench: Bench, language: str = "python") -> tuple[str, ...]:
     from pertoken.zoo.unit_tests import unit_tests
 
     def make() -> tuple[str, ...]:
-        tokenizer, count = diffusion.loaded(bench).tokenizer, 2 if bench.quick else 16
+        about, count = diffusion.loaded(bench), 2 if bench.quick else 16
         pairs = dict.fromkeys(unit_tests(20 * count, UNSEEN + 1, (language,)))
-        return tuple(p for p, tests in pairs if len(tokenizer(tests)["input_ids"]) < TIGHT)[:count]
+        return tuple(p for p, tests in pairs if about.length(tests) < TIGHT)[:count]
 
     return bench.shared(("difftester prompts", language), make)
 

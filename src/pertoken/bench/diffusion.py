@@ -36,9 +36,12 @@ class Loaded:
     tokenizer: Any
 
     def batch(self, texts: Iterable[str]) -> dict[str, Tensor]:
-        """Left-padded inputs, each with the end of text before it, as in training."""
-        begun = [self.tokenizer.eos_token + text for text in texts]
-        return dict(self.tokenizer(begun, return_tensors="pt", padding=True))
+        """Left-padded inputs."""
+        return dict(self.tokenizer(list(texts), return_tensors="pt", padding=True))
+
+    def length(self, text: str) -> int:
+        """Tokens of the text itself."""
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def loaded(bench: Bench, dtype: str = "fp32", name: str = MODEL) -> Loaded:
@@ -70,10 +73,10 @@ class Task:
 def functions(bench: Bench, length: int, full: int, quick: int) -> Task:
     """Signatures and docstrings of held-out functions, whose bodies are between a quarter and all of the canvas."""
     count = quick if bench.quick else full
-    return bench.shared(("functions", length, count), lambda: _functions(loaded(bench).tokenizer, length, count))
+    return bench.shared(("functions", length, count), lambda: _functions(loaded(bench), length, count))
 
 
-def _functions(tokenizer: Any, length: int, count: int) -> Task:
+def _functions(about: Loaded, length: int, count: int) -> Task:
     from pertoken.zoo import corpus
     from pertoken.zoo.functions import functions as functions_of
 
@@ -81,7 +84,7 @@ def _functions(tokenizer: Any, length: int, count: int) -> Task:
     random.Random(0).shuffle(pairs)
     trained, found = list(corpus.split_texts("train").values()), []
     for prompt, body in pairs:
-        own, needed = (len(tokenizer(text)["input_ids"]) for text in (prompt, body))
+        own, needed = about.length(prompt), about.length(body)
         if own < LONGEST_PROMPT and length // 4 <= needed < length and not _copied(prompt, body, trained):
             found.append((prompt, body))
             if len(found) == count:
@@ -100,17 +103,13 @@ def _copied(prompt: str, body: str, trained: list[str]) -> bool:
 def unit_tests(bench: Bench, full: int, quick: int, length: int = 128) -> Task:
     """Python functions whose tests are to be written; all fit a canvas of 128."""
     count = quick if bench.quick else full
-    return bench.shared(("unit tests", length, count), lambda: _unit_tests(loaded(bench).tokenizer, length, count))
+    return bench.shared(("unit tests", length, count), lambda: _unit_tests(loaded(bench), length, count))
 
 
-def _unit_tests(tokenizer: Any, length: int, count: int) -> Task:
+def _unit_tests(about: Loaded, length: int, count: int) -> Task:
     from pertoken.zoo.unit_tests import unit_tests as made
 
-    found = [
-        pair
-        for pair in dict.fromkeys(made(3 * count, UNSEEN, ("python",)))
-        if len(tokenizer(pair[1])["input_ids"]) < 128
-    ]
+    found = [pair for pair in dict.fromkeys(made(3 * count, UNSEEN, ("python",))) if about.length(pair[1]) < 128]
     return _task("unit tests", found[:count], length, tests=True)
 
 

@@ -61,7 +61,7 @@ def over(outcomes: Sequence[Outcome], measure: str) -> list[float]:
 def one_per_forward(bench: Bench) -> Measurement:
     settings = [Setting(16, None, 16, rule) for rule in (*INFORMED, "random")]
     about = diffusion.loaded(bench, "bf16")
-    prompts = [about.tokenizer.eos_token + p.prompt for p in bodies(4)]
+    prompts = [p.prompt for p in bodies(4)]
     found = study(
         about.model,
         None,

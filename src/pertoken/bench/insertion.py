@@ -107,7 +107,7 @@ def holes(bench: Bench) -> list[Hole]:
         tokenizer, rng, found = loaded(bench, name=MODEL).tokenizer, random.Random(bench.seed), []
         texts = list(corpus.split_texts("heldout").values())
         while len(found) < (32 if bench.quick else 256):
-            ids = tokenizer(rng.choice(texts))["input_ids"]
+            ids = tokenizer(rng.choice(texts), add_special_tokens=False)["input_ids"]
             length = rng.randint(1, LONGEST)
             start = rng.randint(PREFIX, max(len(ids) - SUFFIX - length, PREFIX))
             missing = ids[start : start + length]

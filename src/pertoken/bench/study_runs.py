@@ -76,7 +76,7 @@ def swept(bench: Bench, task: str, *names: str) -> Study:
         about.model,
         twin.model,
         about.tokenizer,
-        [about.tokenizer.eos_token + problem.prompt for problem in held.problems],
+        [problem.prompt for problem in held.problems],
         Judge(held.problems),
         grid={name: grid(bench, task)[name] for name in names},
         samples=3 if bench.quick else 5,

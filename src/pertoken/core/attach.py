@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pertoken.core.decision import Decision
 from pertoken.core.policy import Policy, View
@@ -167,6 +167,30 @@ class Attachment:
         """Forget the state of the last request."""
         self.state.clear()
 
+    def select(self, rows: Tensor, of: int) -> None:
+        """Keep these of the `of` rows that run now: in every tensor of the state that has one entry for each."""
+        kept: dict[int, Tensor] = {}
+
+        def part(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: part(one) for name, one in value.items()}
+            if not torch.is_tensor(value) or not value.ndim or len(value) != of:
+                return value
+            if id(value) not in kept:
+                kept[id(value)] = value[rows.to(value.device)]
+            return kept[id(value)]
+
+        self.state = part(self.state)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """A request of its own inside the block; the one that runs now goes on after it."""
+        before, self.state = self.state, {}
+        try:
+            yield
+        finally:
+            self.state = before
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The model as it was before, for the length of the block, without taking anything off."""
@@ -207,13 +231,18 @@ def check_pair(policies: list[Policy]) -> None:
 
 @contextmanager
 def attach(
-    model: nn.Module, policy: Policy, *, trace: Trace | None = None, replay: Trace | None = None
+    model: nn.Module,
+    policy: Policy,
+    *,
+    trace: Trace | None = None,
+    replay: Trace | None = None,
+    training: bool = False,
 ) -> Iterator[Attachment]:
     """Attach `policy` to `model` for the length of the block; attachments nest.
 
-    trace: record every decision into it; replay: serve the decisions of this trace and do not ask the policy. Raises
-    `ValueError` for a policy that conflicts with one already attached, `UndoError` if the model did not come back as it
-    was.
+    trace: record every decision into it; replay: serve the decisions of this trace and do not ask the policy; training:
+    an optimizer may write the model's weights inside the block. Raises `ValueError` for a policy that conflicts with
+    one already attached, `UndoError` if the model did not come back as it was.
     """
     if not isinstance(policy, Policy):
         raise TypeError(
@@ -237,5 +266,8 @@ def attach(
         stack.pop()
         if not stack:
             _ACTIVE.pop(model, None)
-        if left := changed(before, fingerprint(model)):
+        left = changed(before, fingerprint(model))
+        if training:
+            left = [name for name in left if not name.startswith("weight ")]
+        if left:
             raise UndoError(f"{type(policy).__name__} left {len(left)} change(s) on the model: {', '.join(left[:3])}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
@@ -36,11 +36,13 @@ class View:
 
 
 class Policy(ABC):
-    """Base of every attachable policy. `reads` and `writes` name what it looks at and changes."""
+    """Base of every attachable policy. `reads` and `writes` name what it looks at and changes; saves: what a smaller
+    budget makes smaller at once, "operations" of a forward or "memory" held after it."""
 
     budget: Budget
     reads: frozenset[str]
     writes: frozenset[str]
+    saves: ClassVar[str] = "operations"
 
     @abstractmethod
     def decide(self, view: View) -> Decision:

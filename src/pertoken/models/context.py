@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pertoken.core.attach import active
 from pertoken.models.cache import TreeCache
 from pertoken.models.stack import Stack
 
@@ -61,7 +62,7 @@ class Context:
         if longest > 1 or rows > 1:
             allow = torch.ones(longest, longest, dtype=torch.bool, device=self.device).tril().expand(rows, -1, -1)
         base = self.cache.base
-        hidden = self.stack.forward(ids, positions, self.cache, base, allow, valid, states=states)
+        hidden = self.stack.forward(ids, positions, self.cache, base, allow, valid, states=states, text=True)
         columns = (base + offsets).expand(rows, -1)
         self.cache.commit(columns, lengths, longest)
         for row, chain in enumerate(chains):
@@ -80,5 +81,8 @@ class Context:
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep only these rows."""
-        self.cache.select_rows(torch.tensor(rows, device=self.device))
+        kept = torch.tensor(rows, device=self.device)
+        for attachment in active(self.stack.adapter.model):
+            attachment.select(kept, self.cache.rows)
+        self.cache.select_rows(kept)
         self.known = [self.known[r] for r in rows]

@@ -22,6 +22,8 @@ def queries_seen(adapter: Adapter, sink: Callable[[int, Tensor, float | None], N
     Queries are `[row, head, query, head_dim]`, rotated and normalised as the family does. The model's attention runs
     under another name meanwhile; nothing is left on it afterwards.
     """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
+    from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as TABLE
 
     usual = adapter.config._attn_implementation
@@ -35,6 +37,9 @@ def queries_seen(adapter: Adapter, sink: Callable[[int, Tensor, float | None], N
     with ExitStack() as changes:
         TABLE[NAME] = attention
         changes.callback(TABLE.__delitem__, NAME)
+        if usual in MASKS.valid_keys():  # else there is no mask, which not every attention takes for a causal one
+            AttentionMaskInterface._global_mapping[NAME] = MASKS[usual]
+            changes.callback(AttentionMaskInterface._global_mapping.__delitem__, NAME)
         for config in attention_configs(adapter):
             changes.enter_context(swapped(config, "_attn_implementation_internal", NAME))
         yield

@@ -37,9 +37,9 @@ class Rotary:
             self.cos, self.sin = cos[0], sin[0]
         return self.cos[:count], self.sin[:count]
 
-    def turn(self, x: Tensor, positions: Tensor) -> Tensor:
-        """`x` `[..., dim]` turned by `positions`, which broadcast to its leading axes."""
-        cos, sin = self.table(int(positions.max()) + 1 if positions.numel() else 1)
+    def turn(self, x: Tensor, positions: Tensor, count: int) -> Tensor:
+        """`x` `[..., dim]` turned by `positions`, which broadcast to its leading axes and are below `count`."""
+        cos, sin = self.table(max(count, 1))
         return rotated(x, cos[positions], sin[positions])
 
     @staticmethod

@@ -61,16 +61,18 @@ class Stack(ABC):
         valid: Tensor | None = None,
         last: int | None = None,
         states: list[Tensor] | None = None,
+        text: bool = False,
     ) -> Tensor:
         """Un-normed hidden states `[row, token, width]` after layer `last` (exclusive; default all).
 
         start: first cache column to write; allow: see `TreeCache.mask`; valid `[row, token]`: which tokens are real;
-        states: collects the output of every layer run.
+        states: collects the output of every layer run; text: the tokens follow each other, as in a prompt, and are not
+        the nodes of a tree.
         """
         cache.open(start, positions, valid)
         if valid is None:
             valid = positions >= 0
-        self.announce(valid, tree=allow is not None)
+        self.announce(valid, tree=not text)
         hidden = self.embed(ids, positions)
         return self.run(hidden, positions, cache, self.masks(cache, allow), 0, last or self.adapter.depth, states)
 

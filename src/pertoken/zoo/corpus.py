@@ -90,7 +90,7 @@ def token_stream(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
     """All texts as one `uint16` stream, each followed by the end-of-text id."""
     end = tokenizer.token_to_id(END_OF_TEXT)
     tokenizer.no_padding()  # a transformers tokenizer that has padded once leaves its backend padding
-    encoded = tokenizer.encode_batch(texts)
+    encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
     return np.concatenate([np.array([*e.ids, end], dtype=np.uint16) for e in encoded])
 
 

@@ -47,7 +47,7 @@ def training_prompts(recipe: FilterRecipe, tokenizer: Any) -> list[list[str]]:
 
 
 def _fits(recipe: FilterRecipe, tokenizer: Any, prompt: str) -> bool:
-    return len(tokenizer(prompt)["input_ids"]) < recipe.longest_prompt
+    return len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) < recipe.longest_prompt
 
 
 def collect(recipe: FilterRecipe, model: Any, tokenizer: Any, status: Callable[[str], None]) -> tuple[Records, Records]:
@@ -55,7 +55,7 @@ def collect(recipe: FilterRecipe, model: Any, tokenizer: Any, status: Callable[[
     batches, kept = training_prompts(recipe, tokenizer), []
     for number, prompts in enumerate(batches, 1):
         status(f"records of batch {number}/{len(batches)}")
-        inputs = tokenizer([tokenizer.eos_token + p for p in prompts], return_tensors="pt", padding=True)
+        inputs = tokenizer(prompts, return_tensors="pt", padding=True)
         kept.append(records(model, [dict(inputs)], recipe.length, recipe.block))
     held, seen = kept[::HELD], [one for number, one in enumerate(kept) if number % HELD]
     return _joined(seen), _joined(held)

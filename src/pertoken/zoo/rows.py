@@ -31,8 +31,8 @@ class Rows:
     def encoded(self, pairs: list[tuple[str, str]]) -> np.ndarray:
         """Rows of prompts with their answers, those that fit."""
         rows = []
-        prompts = self.tokenizer.encode_batch([prompt for prompt, _ in pairs])
-        answers = self.tokenizer.encode_batch([answer for _, answer in pairs])
+        prompts = self.tokenizer.encode_batch([prompt for prompt, _ in pairs], add_special_tokens=False)
+        answers = self.tokenizer.encode_batch([answer for _, answer in pairs], add_special_tokens=False)
         for prompt, answer in zip(prompts, answers, strict=True):
             ids = [self.end, *prompt.ids, *answer.ids]
             if len(ids) < self.length:

@@ -57,6 +57,21 @@ def selected_attention(
     return torch.cat(parts, 2)
 
 
+def gathered(x: Tensor, index: Tensor) -> Tensor:
+    """`[batch, kv_heads, run, chosen, dim]` of `x` `[batch, kv_heads, key, dim]` at index `[batch, groups, run,
+    chosen]`."""
+    rows, heads, _, dim = x.shape
+    row = torch.arange(rows, device=x.device)[:, None, None, None]
+    head = torch.arange(heads, device=x.device)[:, None, None]
+    steps = x.stride()
+    if x.requires_grad or steps[3] != 1 or any(step % dim for step in steps[:3]):
+        return x[row, head, index]
+    each = [step // dim for step in steps[:3]]  # as rows of one table, which are copied whole: 5x faster on a CPU
+    length = 1 + sum(step * (size - 1) for step, size in zip(each, x.shape[:3], strict=True))
+    where = row * each[0] + head * each[1] + index * each[2]
+    return x.as_strided((length, dim), (dim, 1)).index_select(0, where.flatten()).view(*where.shape, dim)
+
+
 def _runs(
     query: Tensor,
     key: Tensor,
@@ -71,20 +86,16 @@ def _runs(
     rows, heads, runs, length, dim = query.shape
     kv_heads = key.shape[1]
     each = heads // kv_heads
-    row = torch.arange(rows, device=key.device)[:, None, None, None]
-    head = torch.arange(kv_heads, device=key.device)[None, :, None, None]
-    keys, values = key[row, head, index], value[row, head, index]  # [row, kv_head, run, chosen, dim]
+    keys, values = gathered(key, index), gathered(value, index)  # [row, kv_head, run, chosen, dim]
     if turned is not None:
         keys = rotated(keys, *turned)
     asked = query.view(rows, kv_heads, each, runs, length, dim).transpose(2, 3).flatten(3, 4)
-    reads = (
-        allowed[:, :, :, None].expand(-1, -1, -1, each, -1, -1).flatten(3, 4)
-    )  # [row, group, run, each*query, chosen]
-    added = None
-    if bias is not None:
-        added = bias[:, :, :, None].expand(-1, -1, -1, each, length, -1).flatten(3, 4)
-    empty = ~reads.any(-1, keepdim=True)
+    empty = ~allowed.any(-1, keepdim=True)[:, :, :, None].expand(-1, -1, -1, each, -1, -1).flatten(3, 4)
     if each * length <= FEW or softcap is not None:
+        reads = allowed[:, :, :, None].expand(-1, -1, -1, each, -1, -1).flatten(3, 4)
+        added = None
+        if bias is not None:  # [row, group, run, each*query, chosen], as reads
+            added = bias[:, :, :, None].expand(-1, -1, -1, each, length, -1).flatten(3, 4)
         scores = torch.matmul(asked, keys.transpose(-1, -2)) * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
@@ -94,11 +105,12 @@ def _runs(
         law = scores.masked_fill(~reads, -torch.inf).masked_fill(empty, 0).softmax(-1).to(values.dtype)
         out = torch.matmul(law, values)
     else:
-        mask = (reads | empty).expand(rows, kv_heads, runs, -1, -1)
-        if added is not None:
-            mask = added.to(asked.dtype).masked_fill(~(reads | empty), -torch.inf).expand(rows, kv_heads, runs, -1, -1)
+        closed = ~(allowed | ~allowed.any(-1, keepdim=True))
+        mask = torch.zeros_like(closed, dtype=asked.dtype) if bias is None else bias.to(asked.dtype).expand_as(closed)
+        mask = mask.masked_fill(closed, -torch.inf)  # added: the kernel would turn a bool one into that, per head
+        mask = mask[:, :, :, None].expand(-1, -1, -1, each, -1, -1).flatten(3, 4)
         flat = [x.transpose(1, 2).flatten(0, 1) for x in (asked, keys, values, mask)]  # [row*run, kv_head, ...]
-        out = F.scaled_dot_product_attention(*flat[:3], attn_mask=flat[3], scale=scale)
+        out = F.scaled_dot_product_attention(*flat[:3], attn_mask=flat[3].expand(-1, kv_heads, -1, -1), scale=scale)
         out = out.view(rows, runs, kv_heads, each * length, -1).transpose(1, 2)
     out = out.masked_fill(empty, 0)
     out = out.view(rows, kv_heads, runs, each, length, -1).transpose(2, 3)
