@@ -84,6 +84,8 @@ class Attachment:
         self.model, self.policy, self.trace = model, policy, trace
         self.enabled = True
         self.state: dict[str, Any] = {}
+        self._owner: weakref.ref[Any] = weakref.ref(self)
+        self._states: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
         self._player: Player | None = replay.player() if replay is not None else None
         self._undo: list[Callable[[], None]] = []
         self._observers: list[Callable[[View], None]] = []
@@ -140,8 +142,10 @@ class Attachment:
 
         self.wrap(base, around)
 
-    def begin(self, view: View) -> None:
-        """Announce a forward; called by whatever runs the model."""
+    def begin(self, view: View, cache: Any = None) -> None:
+        """Announce a forward; called by whatever runs the model. cache: what the forward goes on from, where several
+        requests take turns on the model; each has its own state."""
+        self.enter(cache)
         if self.enabled:
             for observer in self._observers:
                 observer(view)
@@ -167,8 +171,18 @@ class Attachment:
         """Forget the state of the last request."""
         self.state.clear()
 
-    def select(self, rows: Tensor, of: int) -> None:
-        """Keep these of the `of` rows that run now: in every tensor of the state that has one entry for each."""
+    def enter(self, cache: Any) -> None:
+        """Go on with the state that belongs to this cache, or to no cache in particular."""
+        owner, before = self if cache is None else cache, self._owner()
+        if owner is before:
+            return
+        if before is not None:
+            self._states[before] = self.state
+        self.state, self._owner = self._states.pop(owner, {}), weakref.ref(owner)
+
+    def select(self, rows: Tensor, of: int, cache: Any = None) -> None:
+        """Keep these of the `of` rows of a request: in every tensor of its state that has one entry for each."""
+        self.enter(cache)
         kept: dict[int, Tensor] = {}
 
         def part(value: Any) -> Any:
@@ -181,15 +195,6 @@ class Attachment:
             return kept[id(value)]
 
         self.state = part(self.state)
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """A request of its own inside the block; the one that runs now goes on after it."""
-        before, self.state = self.state, {}
-        try:
-            yield
-        finally:
-            self.state = before
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

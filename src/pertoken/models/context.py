@@ -83,6 +83,6 @@ class Context:
         """Keep only these rows."""
         kept = torch.tensor(rows, device=self.device)
         for attachment in active(self.stack.adapter.model):
-            attachment.select(kept, self.cache.rows)
+            attachment.select(kept, self.cache.rows, self.cache)
         self.cache.select_rows(kept)
         self.known = [self.known[r] for r in rows]

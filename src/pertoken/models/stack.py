@@ -72,14 +72,14 @@ class Stack(ABC):
         cache.open(start, positions, valid)
         if valid is None:
             valid = positions >= 0
-        self.announce(valid, tree=not text)
+        self.announce(valid, cache, tree=not text)
         hidden = self.embed(ids, positions)
         return self.run(hidden, positions, cache, self.masks(cache, allow), 0, last or self.adapter.depth, states)
 
-    def announce(self, valid: Tensor, tree: bool = False) -> None:
-        """Tell attached policies that a forward begins."""
+    def announce(self, valid: Tensor, cache: Any = None, tree: bool = False) -> None:
+        """Tell attached policies that a forward begins, and what it goes on from."""
         for attachment in active(self.adapter.model):
-            attachment.begin(View(valid=valid, layers=self.adapter.depth, tree=tree))
+            attachment.begin(View(valid=valid, layers=self.adapter.depth, tree=tree), cache)
 
     @abstractmethod
     def run(

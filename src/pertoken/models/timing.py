@@ -5,14 +5,12 @@ from __future__ import annotations
 import bisect
 import time
 import weakref
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 
 import torch
 
-from pertoken.core.attach import active
 from pertoken.core.cost import synchronize
 from pertoken.models.cache import TreeCache
 from pertoken.models.stack import Stack
@@ -72,21 +70,18 @@ def step_time(stack: Stack, rows: int, widest: int = WIDTHS[-1]) -> StepTime:
     cache = TreeCache(adapter, rows, context + WIDTHS[-1])
     cache.base, cache.valid[:, :context] = context, True
     seconds = []
-    with ExitStack() as scope:
-        for attachment in active(adapter.model):
-            scope.enter_context(attachment.aside())
-        for width in widths:
-            ids = torch.zeros(rows, width, dtype=torch.long, device=adapter.device)
-            positions = (context + torch.arange(width, device=adapter.device)).expand(rows, -1)
-            allow = torch.ones(width, width, dtype=torch.bool, device=adapter.device).tril().expand(rows, -1, -1)
-            best = float("inf")
-            for _ in range(REPEATS):
-                synchronize(adapter.device)
-                start = time.perf_counter()
-                stack.logits(stack.forward(ids, positions, cache, context, allow))
-                synchronize(adapter.device)
-                best = min(best, time.perf_counter() - start)
-            seconds.append(max(best, seconds[-1] if seconds else 0.0))
+    for width in widths:
+        ids = torch.zeros(rows, width, dtype=torch.long, device=adapter.device)
+        positions = (context + torch.arange(width, device=adapter.device)).expand(rows, -1)
+        allow = torch.ones(width, width, dtype=torch.bool, device=adapter.device).tril().expand(rows, -1, -1)
+        best = float("inf")
+        for _ in range(REPEATS):
+            synchronize(adapter.device)
+            start = time.perf_counter()
+            stack.logits(stack.forward(ids, positions, cache, context, allow))
+            synchronize(adapter.device)
+            best = min(best, time.perf_counter() - start)
+        seconds.append(max(best, seconds[-1] if seconds else 0.0))
     known[key] = (widest, StepTime(tuple(widths), tuple(seconds)))
     return known[key][1]
 
