@@ -6,7 +6,7 @@ import torch
 from pertoken.bench import compare as module
 from pertoken.bench import sides
 from pertoken.bench.compare import Options, compare
-from pertoken.bench.sides import default_draft, default_filter
+from pertoken.bench.sides import Given, default_draft, default_filter, make_side
 from pertoken.bench.texts import agreement, pieces, read_prompts
 from pertoken.core import card
 from tests.bench import toys
@@ -357,3 +357,9 @@ def test_agreement_counts_positions():
     assert agreement([[1, 2, 3], [4]], [[1, 9, 3], [4]]) == 0.75
     assert agreement([[1, 2]], [[1, 2, 3, 4]]) == 0.5
     assert agreement([[]], [[]]) == 1.0
+
+
+def test_a_policy_that_evicts_runs_under_the_plain_loop():
+    alone, drafting = (make_side(name, "causal", Given()) for name in ("h2o", "skip_layers"))
+    assert alone.decoder is None and len(alone.policies) == 1 and alone.label == "h2o under generate"
+    assert drafting.decoder is not None and not drafting.policies and drafting.label == "lossless skip_layers"

@@ -120,6 +120,9 @@ def make_side(name: str, kind: str, given: Given) -> Side:
     parts = parts_of(name)
     policies = [one for one in parts if one.shape == "policy"]
     if len(policies) == len(parts) == 1:
+        policy = policies[0].build()
+        if policy.saves == "memory":  # what is evicted is gone for a verifier too
+            return Side(name, f"{name} under generate", policies=(policy,))
         return Side(name, f"lossless {name}", make_decoder(name, kind, given))
     decoders = "+".join(one.name for one in parts if one.shape == "decoder")
     decoder = make_decoder(decoders, kind, given) if decoders else None
