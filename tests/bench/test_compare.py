@@ -9,6 +9,7 @@ from pertoken.bench.compare import Options, compare
 from pertoken.bench.sides import Given, default_draft, default_filter, make_side
 from pertoken.bench.texts import agreement, pieces, read_prompts
 from pertoken.core import card
+from pertoken.methods import load_methods
 from tests.bench import toys
 
 RUN_KEYS = {
@@ -360,6 +361,7 @@ def test_agreement_counts_positions():
 
 
 def test_a_policy_that_evicts_runs_under_the_plain_loop():
+    load_methods()
     alone, drafting = (make_side(name, "causal", Given()) for name in ("h2o", "skip_layers"))
     assert alone.decoder is None and len(alone.policies) == 1 and alone.label == "h2o under generate"
     assert drafting.decoder is not None and not drafting.policies and drafting.label == "lossless skip_layers"
