@@ -80,12 +80,12 @@ def grid(fill: Fill, most_columns: int, most_lines: int) -> Grid:
     start = -(-fill.prompt // wide) + GAP if fill.prompt else 0.0
     prompt, canvas = fill.computed[:, : fill.prompt], fill.computed[:, fill.prompt :]
     decided = (torch.arange(1, fill.steps + 1)[:, None] > fill.committed) & (fill.committed > 0)
-    boxes = [*_boxes(_binned(prompt, tall, wide), None, 0.0)] if fill.prompt else []
-    states = _binned(decided.float(), tall, per) > 0.5
+    boxes = [*joined(binned(prompt, tall, wide), None, 0.0)] if fill.prompt else []
+    states = binned(decided.float(), tall, per) > 0.5
     if fill.given is not None:  # nothing is ever undecided
-        boxes += _boxes(_binned(canvas * fill.given, tall, per), None, start)
+        boxes += joined(binned(canvas * fill.given, tall, per), None, start)
         canvas, states = canvas * ~fill.given, torch.ones_like(states)
-    boxes += _boxes(_binned(canvas, tall, per), states, start)
+    boxes += joined(binned(canvas, tall, per), states, start)
     return Grid(
         width=start + own,
         start=start,
@@ -96,7 +96,7 @@ def grid(fill: Fill, most_columns: int, most_lines: int) -> Grid:
     )
 
 
-def _binned(values: Tensor, tall: int, wide: int) -> Tensor:
+def binned(values: Tensor, tall: int, wide: int) -> Tensor:
     """Means over bins of `tall` rows and `wide` columns; the last bins may be smaller."""
     pad = (0, -values.shape[1] % wide, 0, -values.shape[0] % tall)
 
@@ -107,10 +107,10 @@ def _binned(values: Tensor, tall: int, wide: int) -> Tensor:
     return summed(values) / summed(torch.ones_like(values))
 
 
-def _boxes(work: Tensor, decided: Tensor | None, start: float) -> list[Box]:
+def joined(work: Tensor, decided: Tensor | None, start: float, steps: int = LEVELS) -> list[Box]:
     """Upright runs of equal work and state, joined with equal neighbours. work, decided `[line, column]`; without
-    `decided` it is given."""
-    levels = (work * LEVELS).ceil().long().T.tolist()
+    `decided` it is given; steps: shares that are told apart."""
+    levels = (work * steps).ceil().long().T.tolist()
     if decided is None:
         states = [[PROMPT] * len(column) for column in levels]
     else:
@@ -118,9 +118,9 @@ def _boxes(work: Tensor, decided: Tensor | None, start: float) -> list[Box]:
     boxes, beside = [], {}
     for x, column in enumerate(zip(levels, states, strict=True)):
         runs = {key: beside.get(key, x) for key in _runs(column)}
-        boxes += [_box(key, first, x, start) for key, first in beside.items() if key not in runs]
+        boxes += [_box(key, first, x, start, steps) for key, first in beside.items() if key not in runs]
         beside = runs
-    return boxes + [_box(key, first, len(levels), start) for key, first in beside.items()]
+    return boxes + [_box(key, first, len(levels), start, steps) for key, first in beside.items()]
 
 
 Run = tuple[int, int, str, int]  # line, height, kind, level
@@ -135,9 +135,9 @@ def _runs(column: tuple[list[int], list[str]]) -> Iterator[Run]:
         y += height
 
 
-def _box(run: Run, first: int, end: int, start: float) -> Box:
+def _box(run: Run, first: int, end: int, start: float, steps: int) -> Box:
     y, height, kind, level = run
-    return Box(start + first, y, end - first, height, kind, level / LEVELS)
+    return Box(start + first, y, end - first, height, kind, level / steps)
 
 
 def _line(fill: Fill, first: int, tall: int, per: int, start: float) -> Line:

@@ -14,6 +14,8 @@ from pertoken.core.trace import Trace
 from pertoken.view.drawing import segments, telling, tree_picture
 from pertoken.view.fills import Fill, fills, spent
 from pertoken.view.grid import grid, spelled, tone
+from pertoken.view.reading import section as reading
+from pertoken.view.reads import reads
 from pertoken.view.runs import HEADS, baseline, cells, label
 from pertoken.view.spans import (
     MEANING,
@@ -96,8 +98,10 @@ def _charts(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _section(trace: Trace, number: int) -> dict[str, Any]:
-    filled = fills(trace)
+    filled, read = fills(trace), reads(trace)
     about = {"id": f"trace-{number}", "name": str(trace.about.get("method") or f"trace {number}")}
+    if read and not filled:
+        return about | _EMPTY | reading(read)
     return about | (_filled(filled) if filled else _guessed(trace))
 
 

@@ -14,6 +14,8 @@ from rich.text import Text
 from pertoken.core.trace import Trace
 from pertoken.view.fills import Fill, fills, spent
 from pertoken.view.grid import DECIDED, grid, tone
+from pertoken.view.read_text import grids, ramp, summary, texts
+from pertoken.view.reads import reads
 from pertoken.view.runs import HEADS, cells
 from pertoken.view.spans import MEANING, Bar, Passage, Totals, bars, passages, printable, totals
 
@@ -40,6 +42,8 @@ def text_view(trace: Trace) -> RenderableType:
     """The output of every row, each token styled by what it cost, below a dimmed end of its prompt."""
     if filled := fills(trace):
         return Group(_headline(trace, _filled_summary(filled)), *_fill_texts(filled), _ramp(filled[0].verb))
+    if read := reads(trace):
+        return Group(_headline(trace, summary(read)), *texts(read), ramp(read[0].verb))
     found = passages(trace)
     parts: list[RenderableType] = [_headline(trace, summarised(totals(trace))), *_row_texts(found)]
     if not found:
@@ -142,6 +146,8 @@ def steps_chart(trace: Trace) -> RenderableType:
     canvas, what was computed and committed."""
     if filled := fills(trace):
         return _canvases(filled)
+    if read := reads(trace):
+        return grids(read)
     found = bars(trace, CHART_LINES)
     if not found:
         return _other_decisions(trace)

@@ -18,6 +18,7 @@ class Shape:
     ffn: int
     vocab: int = 4096
     positions: int = 512
+    rope_theta: float = 10_000.0
 
     def config(self, end_of_text: int) -> LlamaConfig:
         return LlamaConfig(
@@ -29,6 +30,7 @@ class Shape:
             num_key_value_heads=self.kv_heads,
             head_dim=self.width // self.heads,
             max_position_embeddings=self.positions,
+            rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
             tie_word_embeddings=True,
             rms_norm_eps=1e-5,
             bos_token_id=end_of_text,
@@ -49,6 +51,8 @@ class Recipe:
     the weights saved in its second half. `start` names the zoo model whose weights the run begins with (its first
     layers, where this one has fewer). `objective` is a name of `zoo.train.OBJECTIVES`. Of the rows of
     `zoo.rows` the share `answers` are prompts with answers, and of these the share `tests` functions with unit tests.
+    `lengths`: rows of `zoo.recalling` are of the first of these (length, share of the steps) whose share is not yet
+    over, and then of `length`. `layers` is a name of `zoo.train.MODELS`: which layers the model is built of.
     """
 
     shape: Shape
@@ -67,6 +71,8 @@ class Recipe:
     objective: str = "next_token"
     answers: float = 0.4
     tests: float = 0.3
+    lengths: tuple[tuple[int, float], ...] = ()
+    layers: str = "dense"
     distil: float = 0.0
     unlikelihood_steps: int = 0
     unlikelihood_scale: float = 8.0
@@ -154,6 +160,17 @@ class Zoo:
             "code-twin": _answering("answering", "code-twin-base"),
             "code-insertion": replace(
                 _answering("insertion", "code-target", batch=26, length=188), answers=0.4, tests=0.3
+            ),
+            "recall": Recipe(
+                Shape(layers=4, width=128, heads=4, kv_heads=2, ffn=256, positions=32_768, rope_theta=1e10),
+                objective="recall",
+                steps=2000,
+                batch=1,
+                length=2048,
+                lengths=((32, 0.2), (64, 0.3), (128, 0.45), (256, 0.6), (512, 0.75), (1024, 0.9)),
+                lr=5e-3,
+                embedding_lr=1e-3,
+                evaluate_every=200,
             ),
         }
     )

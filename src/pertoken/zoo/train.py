@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from torch import nn
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pertoken.zoo import corpus, model_path
 from pertoken.zoo.answering import AnsweringTokens
@@ -33,14 +34,18 @@ from pertoken.zoo.insertion import Insertion
 from pertoken.zoo.masked import MASK, MaskedTokens
 from pertoken.zoo.next_token import NextToken
 from pertoken.zoo.objective import Objective
-from pertoken.zoo.recipe import RECIPES, Recipe
+from pertoken.zoo.recalling import RecallAnswers
+from pertoken.zoo.recipe import RECIPES, Recipe, Shape
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "next_token": NextToken,
     "masked": MaskedTokens,
     "answering": AnsweringTokens,
     "insertion": Insertion,
+    "recall": RecallAnswers,
 }
+MODELS: dict[str, Callable[[LlamaConfig], LlamaForCausalLM]] = {"dense": LlamaForCausalLM}
+MASKED = ("masked", "answering", "insertion")  # objectives whose tokenizer holds the mask token
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 
 
@@ -54,6 +59,12 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TOP_PAD, 2**27)
     except (OSError, AttributeError, TypeError):
         return
+
+
+def completed(saved: dict[str, Any]) -> dict[str, Any]:
+    """A recipe as it was saved, with the defaults of settings that recipes did not have then."""
+    shape = Shape(**saved["shape"])
+    return json.loads(json.dumps(asdict(Recipe(shape, steps=0)) | saved | {"shape": asdict(shape)}))
 
 
 class RunInterrupted(Exception):
@@ -83,12 +94,21 @@ def fitting(start: LlamaForCausalLM, model: LlamaForCausalLM) -> dict[str, torch
 
 
 def save_pretrained(model: LlamaForCausalLM, tokenizer: Tokenizer, directory: Path, dtype: torch.dtype) -> None:
-    """Write model (in `dtype`) and tokenizer in Hugging Face format."""
-    copy: Any = LlamaForCausalLM(model.config)
+    """Write model (in `dtype`) and tokenizer in Hugging Face format.
+
+    A tokenizer with a mask token puts the end of text before every text, as the rows of these models begin with it.
+    """
+    copy: Any = type(model)(model.config)
     copy.to(dtype=dtype)
     copy.load_state_dict(model.state_dict())
     copy.save_pretrained(directory)
-    mask = {"mask_token": MASK} if tokenizer.token_to_id(MASK) is not None else {}
+    mask = {}
+    if tokenizer.token_to_id(MASK) is not None:
+        mask, tokenizer = {"mask_token": MASK}, Tokenizer.from_str(tokenizer.to_str())
+        end = corpus.END_OF_TEXT
+        tokenizer.post_processor = TemplateProcessing(  # type: ignore[assignment]
+            single=f"{end} $A", special_tokens=[(end, tokenizer.token_to_id(end))]
+        )
     fast = PreTrainedTokenizerFast(
         **mask,
         tokenizer_object=tokenizer,
@@ -120,11 +140,11 @@ class Run:
         self.recipe = recipe or RECIPES[name]
         directory.mkdir(parents=True, exist_ok=True)
         self.tokenizer = make_tokenizer(directory.parent / "tokenizer", self.recipe)
-        if self.recipe.objective != "next_token":
+        if self.recipe.objective in MASKED:
             self.tokenizer.add_special_tokens([MASK])
         torch.manual_seed(self.recipe.seed)
         end = self.tokenizer.encode(corpus.END_OF_TEXT).ids[0]
-        self.model = LlamaForCausalLM(self.recipe.shape.config(end))
+        self.model = MODELS[self.recipe.layers](self.recipe.shape.config(end))
         self.model.config._attn_implementation = "sdpa"
         objective = OBJECTIVES[self.recipe.objective]
         self.objective: Objective = objective(self.recipe, self.model, self.tokenizer, compile_model)
@@ -202,7 +222,7 @@ class Run:
             return False
         with safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["state"])
-        saved, current = about["recipe"], json.loads(json.dumps(asdict(self.recipe)))
+        saved, current = completed(about["recipe"]), json.loads(json.dumps(asdict(self.recipe)))
         if saved | {"steps": 0} != current | {"steps": 0}:
             changed = sorted(k for k in current if saved.get(k) != current[k])
             raise ValueError(
