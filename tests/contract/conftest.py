@@ -20,8 +20,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from pertoken.core.attach import active, attach
 from pertoken.core.card import card, cards
+from pertoken.core.errors import BadRequest
 from pertoken.methods import load_methods
+from pertoken.models.adapter import adapter_for
+from pertoken.models.kind import kind_of
 
 transformers.logging.set_verbosity_error()
 load_methods()
@@ -70,6 +74,26 @@ def built(name):
     """A policy at a setting under which it decides something about a dozen tokens."""
     build = card(name).build
     return build(**getattr(build, "small", {}))
+
+
+def attachable(model, policy):
+    """Skips where a policy of keys has nothing to decide: the model reads both ways, through windows alone, or has no
+    rotation to take off keys that are to be turned anew. There it must refuse in a sentence and leave nothing;
+    anywhere else a refusal is a failure."""
+    adapter = adapter_for(model)
+    reasons = {
+        "reads in both directions": kind_of(model) != "causal",
+        "sliding window": all(adapter.window(layer) is not None for layer in range(adapter.depth)),
+        "learned positions": getattr(policy, "compact", False) and model.config.model_type == "gpt2",
+    }
+    reason = next((name for name, true in reasons.items() if true), None)
+    if "keys read" not in policy.writes or reason is None:
+        with attach(model, policy):
+            return
+    with pytest.raises(BadRequest, match=reason), attach(model, policy):
+        pass
+    assert not active(model)
+    pytest.skip(f"{type(policy).__name__} chooses keys; {reason}")
 
 
 @pytest.fixture(autouse=True)

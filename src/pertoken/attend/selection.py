@@ -209,9 +209,7 @@ class Reading(Reader):
             else:
                 made = mask[..., :keys].expand(rows, -1, -1, -1)
             real = self.real if self.real is not None and self.real.shape == (rows, queries) else None
-            sight = Masked(made, real)
-            sight._plain = lambda: mask
-            self.sights[id(mask)] = sight
+            self.sights[id(mask)] = Masked(made, real, mask)  # which holds the mask, so that its id stays its own
         return self.sights[id(mask)]
 
     def attention(

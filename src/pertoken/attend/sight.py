@@ -92,12 +92,13 @@ class Causal(Sight):
 
 
 class Masked(Sight):
-    """Queries read what a mask `[batch, 1, query, key]` lets them, bool or added to the scores."""
+    """Queries read what a mask `[batch, 1, query, key]` lets them, bool or added to the scores; given: the mask as the
+    model's own attention takes it."""
 
-    def __init__(self, mask: Tensor, real: Tensor | None = None):
+    def __init__(self, mask: Tensor, real: Tensor | None, given: Any):
         seen = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2)[:, 0]
         real = seen.any(-1) if real is None else real & seen.any(-1)
-        super().__init__((seen & real[..., None]).any(1), real, lambda: mask)
+        super().__init__((seen & real[..., None]).any(1), real, lambda: given)
         self.mask = seen
 
     @cached_property
