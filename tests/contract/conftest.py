@@ -97,6 +97,12 @@ def attachable(model, policy):
 
 
 @pytest.fixture(autouse=True)
+def set_aside(monkeypatch):
+    """Small models set aside what they read too."""
+    monkeypatch.setattr("pertoken.attend.aside.WORTH", 0)
+
+
+@pytest.fixture(autouse=True)
 def one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -26,8 +26,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pertoken.attend.history import Mark
+from pertoken.attend.key_view import KeyView
 from pertoken.attend.order import best
-from pertoken.attend.selection import KeyPolicy, KeyView
+from pertoken.attend.selection import KeyPolicy
 from pertoken.attend.sight import Causal, Kept, Runs, packed
 from pertoken.core.card import Paper, method
 from pertoken.core.errors import BadRequest

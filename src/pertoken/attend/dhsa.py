@@ -46,8 +46,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pertoken.attend.boundaries import Boundaries, accepted, no_longer
+from pertoken.attend.key_view import KeyView
 from pertoken.attend.places import Places
-from pertoken.attend.selection import KeyPolicy, KeyView
+from pertoken.attend.selection import KeyPolicy
 from pertoken.core.budget import Budget
 from pertoken.core.card import Paper, method
 from pertoken.core.errors import BadRequest

@@ -46,7 +46,8 @@ from torch import Tensor, nn
 
 from pertoken.attend.dynamic_mask import DynamicMask, KeyScorer, full_layers
 from pertoken.attend.history import Mark
-from pertoken.attend.selection import KeyPolicy, KeyView
+from pertoken.attend.key_view import KeyView
+from pertoken.attend.selection import KeyPolicy
 from pertoken.attend.sight import Causal
 from pertoken.core.budget import Budget
 from pertoken.core.card import Paper, method

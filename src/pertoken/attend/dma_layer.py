@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from pertoken.attend.dma import DMA
 from pertoken.attend.dynamic_mask import DynamicMask
-from pertoken.attend.selection import KeyView, attended
+from pertoken.attend.key_view import KeyView
+from pertoken.attend.selection import attended
 from pertoken.attend.sight import Causal
 from pertoken.core.budget import Budget
 from pertoken.core.errors import BadRequest

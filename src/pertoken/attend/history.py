@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pertoken.attend.selection import KeyView
+from pertoken.attend.key_view import KeyView
 from pertoken.attend.sight import Causal
 
 MARKED = 8

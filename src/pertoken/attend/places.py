@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pertoken.attend.selection import KeyView
+from pertoken.attend.key_view import KeyView
 from pertoken.attend.sight import packed
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pertoken.attend.selection import KeyView, Selection
+from pertoken.attend.key_view import KeyView
+from pertoken.attend.selection import Selection
 from pertoken.core.card import Paper, method
 
 

@@ -17,14 +17,17 @@ contexts longer than any it was trained on. With "original" keys keep the positi
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from pertoken.attend.aside import Aside
+from pertoken.attend.key_view import KeyView
 from pertoken.attend.reader import Reader, check_keys, readable
-from pertoken.attend.sight import Causal, Kept, Masked, Runs, Sight
+from pertoken.attend.sight import Causal, Kept, Masked, Sight
 from pertoken.core.attach import Attachment
 from pertoken.core.budget import Budget
 from pertoken.core.decision import Select
@@ -32,49 +35,14 @@ from pertoken.core.errors import BadRequest
 from pertoken.core.policy import Policy, View
 from pertoken.models.adapter import Adapter
 from pertoken.models.attention import own_attention
+from pertoken.models.growing import let_grow
 from pertoken.models.rotary import Rotary
 from pertoken.ops.selected_attention import selected_attention
+from pertoken.ops.selected_attention.torch import gathered_attention
 
 SITE = "attend.keys"
 PROMPT = "attend.prompt"
 POSITIONS = ("original", "compact")
-
-
-@dataclass(frozen=True)
-class KeyView(View):
-    """What a policy sees at one layer of one forward.
-
-    queries `[batch, heads, run, query, dim]`, zeros where there is no query; keys and values `[batch, kv_heads, key,
-    dim]`; runs and kept: see `attend.sight`; scale: of the scores; state: what the policy keeps for this layer and
-    request; rotary: turns queries and keys, which are not turned yet; None where they are; prompt and prompt_before
-    `[batch]`: tokens of each row up to the end of the last forward of a text of several tokens, and at the one before
-    it; what follows was generated; memo: what a policy has worked out from this view, for its own use.
-    """
-
-    layer: int = 0
-    queries: Tensor = field(default_factory=lambda: torch.empty(0))
-    keys: Tensor = field(default_factory=lambda: torch.empty(0))
-    values: Tensor = field(default_factory=lambda: torch.empty(0))
-    runs: Runs = field(default=None)  # type: ignore[assignment]
-    kept: Kept = field(default=None)  # type: ignore[assignment]
-    scale: float = 1.0
-    state: dict[str, Any] = field(default_factory=dict)
-    rotary: Rotary | None = None
-    prompt: Tensor = field(default_factory=lambda: torch.empty(0))
-    prompt_before: Tensor = field(default_factory=lambda: torch.empty(0))
-    memo: dict[str, Any] = field(default_factory=dict)
-
-    def mean_queries(self, distance: int) -> Tensor:
-        """`[batch, heads, run, dim]` the mean query of each run, fp32; zeros where there is none.
-
-        Where keys are not turned yet, as if they all stood `distance` tokens before the run's first query."""
-        queries, runs = self.queries.detach(), self.runs
-        if self.rotary is not None:
-            places = torch.arange(runs.length, device=queries.device) + distance
-            queries = self.rotary.turn(queries, places, distance + runs.length)
-        if runs.length == 1:
-            return queries[:, :, :, 0].float()
-        return queries.float().sum(3) / runs.real.sum(-1).clamp(min=1)[:, None, :, None]
 
 
 @dataclass(frozen=True)
@@ -191,9 +159,17 @@ class Reading(Reader):
 
     def install(self) -> None:
         self.put_on()
+        self.attachment.wrap(self.adapter.base, self.growing)
         if self.rotary is not None:
             for index in self.layers:
                 self.attachment.wrap(self.adapter.attention(index), self.rotary.unturned)
+
+    @staticmethod
+    def growing(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around the model's forward: a step whose attention is cheap must not copy the cache either."""
+        for given in (*args, *kwargs.values()):
+            let_grow(given)
+        return forward(*args, **kwargs)
 
     def begin(self, view: View) -> None:
         self.tree, self.real, self.sights = view.tree, view.valid, {}
@@ -281,16 +257,20 @@ class Reading(Reader):
 
 def attended(policy: KeyPolicy, view: KeyView, decision: Select, softcap: float | None = None) -> Tensor:
     """`[batch, heads, run, query, dim]` attention over the decided keys, as the policy weighs them."""
-    runs, index = view.runs, decision.index
+    runs, index, queries, keys, values = view.runs, decision.index, view.queries, view.keys, view.values
+    aside = Aside.of(view, index)
+    if aside is not None:
+        index = aside.columns[:, :, None]
     reads = runs.sight.reads(runs.slots, index)
     more, bias = policy.weigh(view, index)
-    queries, turned = view.queries, None
+    count, turned = index.shape[-1], None
     if view.rotary is not None:
         places = (reads.sum(-1) - 1).clamp(min=0).repeat_interleave(queries.shape[1] // index.shape[1], 1)
-        queries = view.rotary.turn(queries, places, index.shape[-1])
-        turned = view.rotary.table(index.shape[-1])
+        queries = view.rotary.turn(queries, places, count)
+        turned = view.rotary.table(count)
     if more is not None:
         reads = reads & more
-    return selected_attention(
-        queries, view.keys, view.values, index.clamp(min=0), reads, view.scale, bias, softcap, turned
-    )
+    if aside is None:
+        return selected_attention(queries, keys, values, index.clamp(min=0), reads, view.scale, bias, softcap, turned)
+    keys = aside.keys if view.rotary is None else view.rotary.turn(aside.keys, aside.places(keys.shape[1]), count)
+    return gathered_attention(queries, keys[:, :, None], aside.values[:, :, None], reads, view.scale, bias, softcap)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pertoken.attend.selection import KeyView, Selection
+from pertoken.attend.key_view import KeyView
+from pertoken.attend.selection import Selection
 from pertoken.core.budget import Budget
 from pertoken.core.card import Paper, method
 

@@ -43,8 +43,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pertoken.attend.history import Mark
+from pertoken.attend.key_view import KeyView
 from pertoken.attend.order import best
-from pertoken.attend.selection import SITE, KeyPolicy, KeyView
+from pertoken.attend.selection import SITE, KeyPolicy
 from pertoken.core.attach import Attachment
 from pertoken.core.card import Paper, method
 from pertoken.core.errors import BadRequest

@@ -32,12 +32,10 @@ class AtPositions(nn.Module):
         self.model = model
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        inner: Any = self.model.model
-        hidden = inner.embed_tokens(ids)
-        rotary = inner.rotary_emb(hidden, positions)
-        for layer in inner.layers:
-            hidden = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=rotary)
-        return inner.norm(hidden)
+        whole = torch.ones_like(ids)  # without a mask, transformers would take positions that skip for packed texts
+        return self.model.model(
+            input_ids=ids, position_ids=positions, attention_mask=whole, use_cache=False
+        ).last_hidden_state
 
 
 @torch.no_grad()

@@ -52,7 +52,7 @@ class Recipe:
     layers, where this one has fewer). `objective` is a name of `zoo.train.OBJECTIVES`. Of the rows of
     `zoo.rows` the share `answers` are prompts with answers, and of these the share `tests` functions with unit tests.
     `lengths`: rows of `zoo.recalling` are of the first of these (length, share of the steps) whose share is not yet
-    over, and then of `length`. `layers` is a name of `zoo.train.MODELS`: which layers the model is built of.
+    over, and then of `length`. `layers`: see `zoo.layers`; `keys`: the budget of those that choose keys.
     """
 
     shape: Shape
@@ -73,6 +73,7 @@ class Recipe:
     tests: float = 0.3
     lengths: tuple[tuple[int, float], ...] = ()
     layers: str = "dense"
+    keys: int = 0
     distil: float = 0.0
     unlikelihood_steps: int = 0
     unlikelihood_scale: float = 8.0
@@ -114,6 +115,29 @@ def _answering(objective: str, start: str, batch: int = 20, length: int = 192) -
         lr=4e-3,
         embedding_lr=2e-3,
     )
+
+
+RECALL = Recipe(
+    Shape(layers=4, width=128, heads=4, kv_heads=2, ffn=256, positions=32_768, rope_theta=1e10),
+    objective="recall",
+    steps=2000,
+    batch=1,
+    length=2048,
+    lengths=((32, 0.2), (64, 0.3), (128, 0.45), (256, 0.6), (512, 0.75), (1024, 0.9)),
+    lr=5e-3,
+    embedding_lr=1e-3,
+    evaluate_every=200,
+)
+"""First stage of the models that recall: rows that grow from 32 tokens."""
+RECALL_LONG = replace(
+    RECALL,
+    start="recall-base",
+    steps=3000,
+    lengths=((256, 0.15), (512, 0.3), (1024, 0.6)),
+    lr=4e-3,
+    seed=RECALL.seed + 1,
+)
+"""Their second stage, from which they differ in their layers."""
 
 
 @dataclass(frozen=True)
@@ -161,17 +185,9 @@ class Zoo:
             "code-insertion": replace(
                 _answering("insertion", "code-target", batch=26, length=188), answers=0.4, tests=0.3
             ),
-            "recall": Recipe(
-                Shape(layers=4, width=128, heads=4, kv_heads=2, ffn=256, positions=32_768, rope_theta=1e10),
-                objective="recall",
-                steps=2000,
-                batch=1,
-                length=2048,
-                lengths=((32, 0.2), (64, 0.3), (128, 0.45), (256, 0.6), (512, 0.75), (1024, 0.9)),
-                lr=5e-3,
-                embedding_lr=1e-3,
-                evaluate_every=200,
-            ),
+            "recall-base": RECALL,
+            "recall": RECALL_LONG,
+            "recall-dma": replace(RECALL_LONG, layers="dynamic_mask", keys=256),
         }
     )
 

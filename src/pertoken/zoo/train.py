@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pertoken.zoo import corpus, model_path
+from pertoken.zoo import corpus, layers, model_path
 from pertoken.zoo.answering import AnsweringTokens
 from pertoken.zoo.insertion import Insertion
 from pertoken.zoo.masked import MASK, MaskedTokens
@@ -44,7 +44,6 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "insertion": Insertion,
     "recall": RecallAnswers,
 }
-MODELS: dict[str, Callable[[LlamaConfig], LlamaForCausalLM]] = {"dense": LlamaForCausalLM}
 MASKED = ("masked", "answering", "insertion")  # objectives whose tokenizer holds the mask token
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 
@@ -84,13 +83,14 @@ def make_tokenizer(directory: Path, recipe: Recipe) -> Tokenizer:
 
 
 def fitting(start: LlamaForCausalLM, model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
-    """The weights of `start` that `model` has too, with rows for new tokens, which begin as the mean of the others."""
+    """The weights of `start` that `model` has too, with rows for new tokens, which begin as the mean of the others, and
+    those of `model` that `start` does not have."""
     wanted, weights = model.state_dict(), dict(start.state_dict())
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         table = weights[name]
         extra = table.mean(0, keepdim=True).expand(len(wanted[name]) - len(table), -1)
         weights[name] = torch.cat([table, extra])
-    return {name: weights[name] for name in wanted}
+    return {name: weights.get(name, own) for name, own in wanted.items()}
 
 
 def save_pretrained(model: LlamaForCausalLM, tokenizer: Tokenizer, directory: Path, dtype: torch.dtype) -> None:
@@ -100,8 +100,9 @@ def save_pretrained(model: LlamaForCausalLM, tokenizer: Tokenizer, directory: Pa
     """
     copy: Any = type(model)(model.config)
     copy.to(dtype=dtype)
-    copy.load_state_dict(model.state_dict())
+    copy.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name in copy.state_dict()})
     copy.save_pretrained(directory)
+    layers.save(model, directory)
     mask = {}
     if tokenizer.token_to_id(MASK) is not None:
         mask, tokenizer = {"mask_token": MASK}, Tokenizer.from_str(tokenizer.to_str())
@@ -144,7 +145,7 @@ class Run:
             self.tokenizer.add_special_tokens([MASK])
         torch.manual_seed(self.recipe.seed)
         end = self.tokenizer.encode(corpus.END_OF_TEXT).ids[0]
-        self.model = MODELS[self.recipe.layers](self.recipe.shape.config(end))
+        self.model = layers.made(self.recipe.shape.config(end), self.recipe.layers)
         self.model.config._attn_implementation = "sdpa"
         objective = OBJECTIVES[self.recipe.objective]
         self.objective: Objective = objective(self.recipe, self.model, self.tokenizer, compile_model)
@@ -252,7 +253,10 @@ class Run:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         started = time.perf_counter() - self.seconds
         whole = True  # False while only some of the weights have made the step
-        with Progress(*columns, console=console or Console(stderr=True)) as progress:
+        with (
+            Progress(*columns, console=console or Console(stderr=True)) as progress,
+            layers.at_work(self.model, recipe.keys),
+        ):
             task = progress.add_task(self.name, total=end, completed=self.step)
             batches = self.batches()
             try:

@@ -83,12 +83,25 @@ def _runs(
     softcap: float | None,
     turned: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    rows, heads, runs, length, dim = query.shape
-    kv_heads = key.shape[1]
-    each = heads // kv_heads
-    keys, values = gathered(key, index), gathered(value, index)  # [row, kv_head, run, chosen, dim]
+    keys = gathered(key, index)
     if turned is not None:
         keys = rotated(keys, *turned)
+    return gathered_attention(query, keys, gathered(value, index), allowed, scale, bias, softcap)
+
+
+def gathered_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    allowed: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """As `selected_attention`, of keys and values `[batch, kv_heads, run, chosen, dim]` that stand side by side."""
+    rows, heads, runs, length, dim = query.shape
+    kv_heads = keys.shape[1]
+    each = heads // kv_heads
     asked = query.view(rows, kv_heads, each, runs, length, dim).transpose(2, 3).flatten(3, 4)
     empty = ~allowed.any(-1, keepdim=True)[:, :, :, None].expand(-1, -1, -1, each, -1, -1).flatten(3, 4)
     if each * length <= FEW or softcap is not None:
