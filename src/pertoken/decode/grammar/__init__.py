@@ -1,0 +1,1 @@
+"""Grammars: what may the next token be? See README.md here."""

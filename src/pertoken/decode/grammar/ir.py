@@ -1,0 +1,220 @@
+"""What every front end parses into: rules over bytes.
+
+A node is one of `Lit`, `Set`, `Seq`, `Alt`, `Repeat`, `Ref` and `Graph`; a `Grammar` maps rule names to nodes. All
+text is UTF-8 bytes by then. `EMPTY` matches nothing at all, `NOTHING` the empty text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+
+@dataclass(frozen=True, slots=True)
+class Lit:
+    """These bytes."""
+
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Set:
+    """One byte of a set; bit b of `mask` says whether byte b is in it."""
+
+    mask: int
+
+
+@dataclass(frozen=True, slots=True)
+class Seq:
+    """One after another."""
+
+    items: tuple[Node, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Alt:
+    """One of these."""
+
+    items: tuple[Node, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Repeat:
+    """At least `least` times, at most `most` (None: no limit)."""
+
+    item: Node
+    least: int
+    most: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """What the rule of this name matches."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """An automaton whose edges (state, node, state) carry nodes; it starts in state 0 and may end in any of `finals`.
+
+    It says in few states what a tree of the other nodes would repeat: shared suffixes, optional members with commas,
+    results of set operations.
+    """
+
+    edges: tuple[tuple[int, Node, int], ...]
+    finals: tuple[int, ...]
+
+
+Node = Lit | Set | Seq | Alt | Repeat | Ref | Graph
+NOTHING = Lit(b"")
+EMPTY = Alt(())
+
+
+@dataclass
+class Grammar:
+    """Rules and the name of the one to start with.
+
+    plain: the front end vouches that no rule matches the empty text, that none is left-recursive and that all can end,
+    so that no analysis is needed; keys: names under which what is computed for a rule without references may be shared
+    between grammars.
+    """
+
+    rules: dict[str, Node]
+    root: str = "root"
+    plain: bool = False
+    keys: dict[str, str] = field(default_factory=dict)
+
+
+def seq(*items: Node) -> Node:
+    """`Seq`, flattened, with neighbouring literals joined; `EMPTY` if one item is."""
+    flat: list[Node] = []
+    for item in items:
+        for part in item.items if isinstance(item, Seq) else (item,):
+            if part == EMPTY:
+                return EMPTY
+            if isinstance(part, Lit) and flat and isinstance(flat[-1], Lit):
+                flat[-1] = Lit(flat[-1].data + part.data)
+            elif part != NOTHING:
+                flat.append(part)
+    if not flat:
+        return NOTHING
+    return flat[0] if len(flat) == 1 else Seq(tuple(flat))
+
+
+def alt(*items: Node) -> Node:
+    """`Alt`, flattened, with single bytes joined into one set."""
+    flat: dict[Node, None] = {}
+    mask = 0
+    for item in items:
+        for part in item.items if isinstance(item, Alt) else (item,):
+            if isinstance(part, Set):
+                mask |= part.mask
+            elif isinstance(part, Lit) and len(part.data) == 1:
+                mask |= 1 << part.data[0]
+            else:
+                flat[part] = None
+    parts = list(flat)
+    if mask:
+        parts.insert(0, Set(mask))
+    return parts[0] if len(parts) == 1 else Alt(tuple(parts))
+
+
+def optional(item: Node) -> Node:
+    return Repeat(item, 0, 1)
+
+
+def star(item: Node) -> Node:
+    return Repeat(item, 0, None)
+
+
+def plus(item: Node) -> Node:
+    return Repeat(item, 1, None)
+
+
+def byte_set(values: Iterable[int]) -> Set:
+    mask = 0
+    for value in values:
+        mask |= 1 << value
+    return Set(mask)
+
+
+@lru_cache(maxsize=4096)
+def ranges(mask: int) -> tuple[tuple[int, int], ...]:
+    """Maximal runs (first, last) of the bytes in a set."""
+    found, low = [], 0
+    while mask >> low:
+        low += ((mask >> low) & -(mask >> low)).bit_length() - 1
+        run = ~(mask >> low)
+        high = low + (run & -run).bit_length() - 2
+        found.append((low, high))
+        low = high + 1
+    return tuple(found)
+
+
+def literals(words: Iterable[bytes]) -> Node:
+    """One of many texts, as a graph that shares their beginnings."""
+    words = sorted(set(words))
+    if len(words) == 1:
+        return Lit(words[0])
+    edges: list[tuple[int, Node, int]] = []
+    finals: set[int] = set()
+    children: list[dict[int, int]] = [{}]
+    for word in words:
+        at = 0
+        for byte in word:
+            after = children[at].get(byte)
+            if after is None:
+                after = children[at][byte] = len(children)
+                children.append({})
+                edges.append((at, Set(1 << byte), after))
+            at = after
+        finals.add(at)
+    return Graph(tuple(edges), tuple(sorted(finals))) if words else EMPTY
+
+
+def children(node: Node) -> tuple[Node, ...]:
+    """The nodes directly inside."""
+    if isinstance(node, (Seq, Alt)):
+        return node.items
+    if isinstance(node, Repeat):
+        return (node.item,)
+    if isinstance(node, Graph):
+        return tuple(inner for _, inner, _ in node.edges)
+    return ()
+
+
+def references(node: Node) -> Iterable[str]:
+    """Names of the rules referred to, in order, with repetitions."""
+    stack = [node]
+    while stack:
+        here = stack.pop()
+        if isinstance(here, Ref):
+            yield here.name
+        else:
+            stack.extend(reversed(children(here)))
+
+
+def nullable(node: Node, rules: Mapping[str, bool]) -> bool:
+    """Whether a node matches the empty text, given which rules do (unknown ones do not)."""
+    if isinstance(node, Lit):
+        return not node.data
+    if isinstance(node, Set):
+        return False
+    if isinstance(node, Seq):
+        return all(nullable(item, rules) for item in node.items)
+    if isinstance(node, Alt):
+        return any(nullable(item, rules) for item in node.items)
+    if isinstance(node, Repeat):
+        return node.least == 0 or nullable(node.item, rules)
+    if isinstance(node, Ref):
+        return rules.get(node.name, False)
+    reached, stack = {0}, [0]
+    while stack:
+        at = stack.pop()
+        for here, inner, after in node.edges:
+            if here == at and after not in reached and nullable(inner, rules):
+                reached.add(after)
+                stack.append(after)
+    return not reached.isdisjoint(node.finals)

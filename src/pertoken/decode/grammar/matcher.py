@@ -1,0 +1,101 @@
+"""Pertoken's own `TokenMask`: a list of parses, one per accepted token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pertoken.core.errors import BadRequest
+from pertoken.decode.grammar.engine import Engine
+from pertoken.decode.grammar.provider import TokenMask, bits
+
+
+class Matcher(TokenMask):
+    """A text under an engine's grammar. Forking copies the list; going back shortens it."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.parses = [engine.start]
+        self.ended = False
+        engine.matchers.add(self)
+
+    def accept(self, token: int) -> bool:
+        engine = self.engine
+        if self.ended or not 0 <= token < engine.vocabulary.size:
+            return False
+        if token in engine.vocabulary.ends:
+            if not engine.ends(self.parses[-1]):
+                return False
+            self.parses.append(self.parses[-1])
+            self.ended = True
+            return True
+        if not engine.vocabulary.spells(token):
+            return False
+        after = engine.read(self.parses[-1], token)
+        if after < 0:
+            return False
+        self.parses.append(after)
+        return True
+
+    def rollback(self, count: int) -> None:
+        if not 0 <= count < len(self.parses):
+            raise BadRequest(f"rollback({count}) after {len(self.parses) - 1} accepted tokens; give at most that many")
+        if count:
+            del self.parses[-count:]
+            self.ended = False
+
+    def fork(self) -> Matcher:
+        twin = Matcher(self.engine)
+        twin.parses, twin.ended = self.parses.copy(), self.ended
+        return twin
+
+    def fill(self, bitmask: Any, row: int = 0) -> None:
+        mask = self.mask
+        if isinstance(bitmask, np.ndarray):
+            bitmask[row] = mask
+        else:
+            bitmask.numpy()[row] = mask
+
+    @property
+    def mask(self) -> np.ndarray:
+        """int32 `[word]`, shared: not to be changed."""
+        if self.ended:
+            return np.zeros(self.engine.vocabulary.words, np.int32)
+        return self.engine.mask(self.parses[-1])
+
+    @property
+    def finished(self) -> bool:
+        return self.ended
+
+    @property
+    def complete(self) -> bool:
+        return self.engine.ends(self.parses[-1])
+
+    def forced(self) -> list[int]:
+        """The forced text in the tokenizer's own tokenisation, less the last tokens that the text after it could still
+        make longer: where `order` is forced and `orderId` is a token too, `order` is not given. Without a tokenizer
+        (`encode`), the token of a mask that allows only one."""
+        engine, vocabulary = self.engine, self.engine.vocabulary
+        if self.ended:
+            return []
+        if vocabulary.encode is None:
+            allowed = np.flatnonzero(bits(self.mask, vocabulary.size))
+            return allowed.tolist() if len(allowed) == 1 else []
+        data, parse = engine.forced_bytes(self.parses[-1])
+        return canonical(engine, data, parse)
+
+
+def canonical(engine: Engine, data: bytes, parse: int) -> list[int]:
+    """Ids of forced bytes `data`, up to where they are certain whatever comes after them (from `parse` on)."""
+    vocabulary = engine.vocabulary
+    if not data or vocabulary.encode is None:
+        return []
+    found, at = [], 0
+    for token in vocabulary.encode(data.decode("utf-8", "ignore")):
+        spelled = vocabulary.spells(token)
+        if not spelled or data[at : at + len(spelled)] != spelled or engine.may_grow(data[at:], parse):
+            break
+        found.append(token)
+        at += len(spelled)
+    return found
