@@ -23,9 +23,10 @@ from transformers import (
 from pertoken.core.attach import active, attach
 from pertoken.core.card import card, cards
 from pertoken.core.errors import BadRequest
+from pertoken.decode import make
 from pertoken.methods import load_methods
 from pertoken.models.adapter import adapter_for
-from pertoken.models.kind import kind_of
+from pertoken.models.kind import draft_kind, kind_of
 
 transformers.logging.set_verbosity_error()
 load_methods()
@@ -67,6 +68,7 @@ FAMILIES = {
 }
 LAYERS = 4
 DECODERS = [name for name, one in cards().items() if one.shape == "decoder" and one.question == "decode"]
+LOSSLESS = [name for name in DECODERS if card(name).exactness == "lossless"]
 POLICIES = [name for name, one in cards().items() if one.shape == "policy"]
 
 
@@ -74,6 +76,12 @@ def built(name):
     """A policy at a setting under which it decides something about a dozen tokens."""
     build = card(name).build
     return build(**getattr(build, "small", {}))
+
+
+def decoder_of(name, drafts):
+    """A decoder with the draft of the kind it needs, at a setting under which it decides something."""
+    kind = draft_kind(card(name).needs)
+    return make(name, draft=drafts.get(kind), **getattr(card(name).build, "small", {}))
 
 
 def attachable(model, policy):
@@ -132,6 +140,15 @@ def draft(family, target):
         for weight in model.parameters():
             weight.add_(torch.randn(weight.shape, generator=generator) * 0.06 * weight.std())
     return model
+
+
+@pytest.fixture(scope="session")
+def drafts(family, draft):
+    """A draft of every kind: `draft`, and the same weights reading both ways, with a mask token."""
+    filler = FAMILIES[family](LAYERS).eval()
+    filler.load_state_dict(draft.state_dict())
+    filler.config.is_causal, filler.config.mask_token_id, filler.config.prediction_shift = False, VOCABULARY - 1, 1
+    return {"causal": draft, "diffusion": filler}
 
 
 @pytest.fixture(scope="session")

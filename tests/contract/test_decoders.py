@@ -8,9 +8,8 @@ from scipy.stats import chisquare
 
 from pertoken.core.attach import attach, fingerprint
 from pertoken.core.trace import Trace
-from pertoken.decode import make
 from pertoken.decode.full import Full
-from tests.contract.conftest import DECODERS, FAMILIES, POLICIES, attachable, built
+from tests.contract.conftest import DECODERS, FAMILIES, LOSSLESS, POLICIES, attachable, built, decoder_of
 
 NEW = 24
 
@@ -34,14 +33,20 @@ def strip(row, width):
 
 
 @pytest.fixture(params=DECODERS)
-def decoder(request, draft):
-    return make(request.param, draft=draft)
+def decoder(request, drafts):
+    return decoder_of(request.param, drafts)
 
 
-def test_greedy_output_is_that_of_plain_generation(target, decoder, prompts):
+@pytest.fixture(params=LOSSLESS)
+def exact(request, drafts):
+    """A decoder that promises the output of plain generation."""
+    return decoder_of(request.param, drafts)
+
+
+def test_greedy_output_is_that_of_plain_generation(target, exact, prompts):
     ids, mask = prompts
     expected = generate(target, ids, mask)
-    assert torch.equal(generate(target, ids, mask, decoder), expected)
+    assert torch.equal(generate(target, ids, mask, exact), expected)
 
 
 def test_each_row_is_what_it_is_alone_and_in_any_order(target, decoder, prompts):
@@ -79,14 +84,14 @@ def test_recording_can_be_saved_and_replayed(target, decoder, prompts, tmp_path)
     assert decoder.stats.draft_calls == 0
 
 
-def test_sampled_recording_replays_without_the_seed(target, decoder, prompts):
+def test_sampled_recording_replays_without_the_seed(target, exact, prompts):
     ids, mask = prompts
     torch.manual_seed(11)
-    with decoder.record() as trace:
-        first = generate(target, ids, mask, decoder, do_sample=True, top_k=0)
+    with exact.record() as trace:
+        first = generate(target, ids, mask, exact, do_sample=True, top_k=0)
     torch.manual_seed(12)
-    with decoder.replay(trace):
-        assert torch.equal(generate(target, ids, mask, decoder, do_sample=True, top_k=0), first)
+    with exact.replay(trace):
+        assert torch.equal(generate(target, ids, mask, exact, do_sample=True, top_k=0), first)
 
 
 def test_model_is_left_as_it_was(target, decoder, prompts):
@@ -114,7 +119,7 @@ def test_counts_add_up(target, decoder, prompts):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_under_an_attached_policy_it_is_still_lossless(target, decoder, prompts, policy):
+def test_under_an_attached_policy_it_is_still_lossless(target, exact, prompts, policy):
     """The pair (policy, decoder): the decoder then speeds up the cheaper model, exactly, or the pair is refused."""
     ids, mask = prompts
     before = fingerprint(target)
@@ -123,7 +128,7 @@ def test_under_an_attached_policy_it_is_still_lossless(target, decoder, prompts,
     with attach(target, one):
         try:
             expected = generate(target, ids, mask, Full(), max_new_tokens=10)
-            found = generate(target, ids, mask, decoder, max_new_tokens=10)
+            found = generate(target, ids, mask, exact, max_new_tokens=10)
         except ValueError as refusal:
             assert "both decide" in str(refusal)
         else:
@@ -132,7 +137,7 @@ def test_under_an_attached_policy_it_is_still_lossless(target, decoder, prompts,
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", LOSSLESS)
 def test_sampling_has_the_law_of_the_target(name, temperature):
     """Chi-square of three sampled tokens over a vocabulary of five against the exact law, and of no test that is
     vacuous: the same test at another temperature must fail."""
@@ -141,10 +146,10 @@ def test_sampling_has_the_law_of_the_target(name, temperature):
     vocabulary, length, rows, rounds = 5, 3, 256, 20
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
     models = []
-    for seed, layers in ((1, 4), (2, 2)):
+    for seed, layers, masks in ((1, 4, 0), (2, 2, 0), (2, 2, 1)):
         torch.manual_seed(seed)
         config = LlamaConfig(
-            vocab_size=vocabulary,
+            vocab_size=vocabulary + masks,
             num_hidden_layers=layers,
             initializer_range=0.5,
             max_position_embeddings=64,
@@ -155,7 +160,8 @@ def test_sampling_has_the_law_of_the_target(name, temperature):
         )
         models.append(LlamaForCausalLM(config).eval())
         models[-1].lm_head.weight.data *= 0.4
-    target, draft = models
+    target, draft, filler = models
+    filler.config.is_causal, filler.config.mask_token_id = False, vocabulary
     prompt = torch.tensor([[1, 2, 3, 1, 2]])
 
     def law(heat):
@@ -165,7 +171,7 @@ def test_sampling_has_the_law_of_the_target(name, temperature):
         p = logits.softmax(-1)[:, prompt.shape[1] - 1 : -1]
         return p.gather(-1, every[..., None]).squeeze(-1).prod(-1).double()
 
-    decoder = make(name, draft=draft)
+    decoder = decoder_of(name, {"causal": draft, "diffusion": filler})
     torch.manual_seed(20)
     counts = torch.zeros(vocabulary**length, dtype=torch.double)
     for _ in range(rounds):

@@ -28,7 +28,8 @@ class Card:
 
     question: its folder; shape: how a user calls it; reads/writes: what it looks at and changes, from which pairs are
     allowed or refused; needs: what its constructor must be given ("draft": a smaller model with the same tokenizer,
-    "policy": a policy); baselines: names that its claims are measured against.
+    "diffusion_draft": a masked-diffusion one, "policy": a policy); baselines: names that its claims are measured
+    against.
     """
 
     name: str

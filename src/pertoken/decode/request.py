@@ -159,13 +159,16 @@ class Request:
                 logits = processor(None, logits)  # type: ignore[arg-type]
         return logits
 
-    def _ids(self, length: int) -> Tensor:
+    def _ids(self, length: int, rows: list[Row]) -> Tensor:
         """`[batch, width + length]` ids of the whole batch as plain generation would hold them after `length` tokens.
 
         Always the whole batch: processors and criteria may count on its size and order. A row that has not come so far
-        is filled up with padding; what is computed for it is not used.
+        is filled up with padding; what is computed for it is not used. `rows` may stand in for the batch's own.
         """
-        outputs = [row.output[:length] + [self.pad] * (length - row.generated) for row in self.rows]
+        every = self.rows.copy()
+        for row in rows:
+            every[row.number] = row
+        outputs = [row.output[:length] + [self.pad] * (length - row.generated) for row in every]
         return torch.cat([self.input_ids, torch.tensor(outputs, dtype=torch.long, device=self.device)], 1)
 
     def _by_length(self, rows: list[Row]) -> dict[int, list[int]]:
@@ -174,8 +177,11 @@ class Request:
             groups.setdefault(row.generated, []).append(index)
         return groups
 
-    def process(self, rows: list[Row], logits: Tensor) -> Tensor:
-        """Scores `[row, vocabulary]` float32 after all logits processors, each row at its own length."""
+    def scored(self, rows: list[Row], logits: Tensor) -> Tensor:
+        """Scores `[row, vocabulary]` float32 after all logits processors, each row at its own length.
+
+        The rows are the batch's own, or stand in for them (see `supposed`), none of them twice.
+        """
         scores = logits.float()
         if self.processors:
             scores = scores.clone()
@@ -183,10 +189,34 @@ class Request:
                 numbers = [rows[i].number for i in indices]
                 part = scores.new_zeros(len(self.rows), scores.shape[-1])
                 part[numbers] = scores[indices]
-                ids = self._ids(length)
+                ids = self._ids(length, [rows[i] for i in indices])
                 for processor in self.processors:
                     part = processor(ids, part)
                 scores[indices] = part[numbers]
+        return scores
+
+    @staticmethod
+    def supposed(row: Row, tokens: list[int]) -> Row:
+        """What stands in for a row if it went on with these tokens: nothing is committed."""
+        return Row(row.number, row.tokens + tokens, row.generated + len(tokens))
+
+    def stops(self, rows: list[Row]) -> list[bool]:
+        """Whether each of these rows (its own, or standing in, none twice) stops with its last token."""
+        found = [row.tokens[-1] in self.ends or row.generated >= self.max_new for row in rows]
+        if self.criteria:
+            for length, indices in self._by_length(rows).items():
+                ids, scores = self._ids(length, [rows[i] for i in indices]), None
+                if self.keep_scores:
+                    scores = self._stacked([row.scores for row in self.rows], length)
+                for criterion in self.criteria:
+                    stop = torch.as_tensor(criterion(ids, scores)).expand(len(self.rows)).tolist()
+                    for i in indices:
+                        found[i] = found[i] or stop[rows[i].number]
+        return found
+
+    def process(self, rows: list[Row], logits: Tensor) -> Tensor:
+        """As `scored`, for the rows' next tokens; scores and logits are kept if the call wants them back."""
+        scores = self.scored(rows, logits)
         if self.keep_scores:
             for row, score in zip(rows, scores, strict=True):
                 row.scores.append(score)
@@ -200,16 +230,8 @@ class Request:
         for row, token in zip(rows, tokens, strict=True):
             row.tokens.append(token)
             row.generated += 1
-            row.done = token in self.ends or row.generated >= self.max_new
-        if self.criteria:
-            for length, indices in self._by_length(rows).items():
-                ids, scores = self._ids(length), None
-                if self.keep_scores:
-                    scores = self._stacked([row.scores for row in self.rows], length)
-                for criterion in self.criteria:
-                    stop = torch.as_tensor(criterion(ids, scores)).expand(len(self.rows)).tolist()
-                    for row in (rows[i] for i in indices):
-                        row.done = row.done or stop[row.number]
+        for row, stop in zip(rows, self.stops(rows), strict=True):
+            row.done = stop
 
     def stream(self) -> None:
         """Give the streamer every column that all rows have reached; a finished row shows padding."""

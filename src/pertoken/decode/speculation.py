@@ -34,8 +34,10 @@ SITE = "decode.step"
 
 @dataclass
 class Stats:
-    """Counts of the last call. steps: target forwards; layer_loads: layers run, summed over forwards of the target's
-    own layers (a draft through the first E layers counts E); seconds: wall clock."""
+    """Counts of the last call. steps: target forwards that committed tokens; forwards: these, and whole forwards of the
+    target that a session ran itself; token_forwards: tokens read in them, without padding and the prompt; layer_loads:
+    layers run, summed over forwards of the target's own layers (a draft through the first E layers counts E); seconds:
+    wall clock."""
 
     steps: int = 0
     tokens: int = 0
@@ -44,6 +46,8 @@ class Stats:
     row_steps: int = 0
     draft_calls: int = 0
     layer_loads: int = 0
+    forwards: int = 0
+    token_forwards: int = 0
     seconds: float = 0.0
     draft_seconds: float = 0.0
 
@@ -76,10 +80,17 @@ class Partial:
 
 
 class Session(ABC):
-    """A proposer at work on one request."""
+    """A proposer at work on one request.
+
+    choice: how tokens are chosen, None for the loop's own ways; own_forwards, own_tokens: whole forwards of the target
+    that the session has run itself, and tokens read in them.
+    """
 
     draft_calls: int = 0
     wants_states: bool = False
+    choice: Choice | None = None
+    own_forwards: int = 0
+    own_tokens: int = 0
 
     def prefilled(self, states: list[Tensor], lengths: list[int]) -> None:
         """The prompt was read: with `wants_states`, the outputs of all layers on its last chunk and each row's length
@@ -159,9 +170,7 @@ class Speculation(Recorded, ABC):
         longest = max(len(row.tokens) for row in request.rows)
         target = Context(stack_of(model), len(request.rows), longest + min(request.max_new, 256) + 80)
         session = self.session(request, target, scope) if player is None else Replay(player, request, target)
-        choice: Choice = Sampling() if request.sampling else Greedy()
-        if player is not None:
-            choice = session  # type: ignore[assignment]
+        choice = session.choice or (Sampling() if request.sampling else Greedy())
         if any(len(row.tokens) > 1 for row in request.rows):
             states: list[Tensor] | None = [] if session.wants_states else None
             target.feed([row.tokens[:-1] for row in request.rows], states)
@@ -190,6 +199,9 @@ class Speculation(Recorded, ABC):
                 target.select(stay)
                 session.select(stay)
         stats.draft_calls = session.draft_calls
+        stats.forwards += session.own_forwards
+        stats.token_forwards += session.own_tokens
+        stats.layer_loads += session.own_forwards * target.stack.adapter.depth
         stats.seconds = time.perf_counter() - started
         if player is not None and not player.finished:
             raise TraceMismatch(
@@ -256,6 +268,8 @@ def _target_logits(
 
 def _count(stats: Stats, trees: Sequence[Tree], walks: Sequence[Walk], layers: int) -> None:
     stats.steps += 1
+    stats.forwards += 1
+    stats.token_forwards += len(trees) + sum(map(len, trees))
     stats.layer_loads += layers
     stats.row_steps += len(walks)
     stats.tokens += sum(len(walk.committed) for walk in walks)
@@ -294,7 +308,7 @@ class Replay(Session, Choice):
     """Serves trees and choices from a recording; refuses a recording that does not fit."""
 
     def __init__(self, player: Player, request: Request, target: Context):
-        self.player, self.request = player, request
+        self.player, self.request, self.choice = player, request, self
         self.step: Any = None
         self.taken: dict[int, int] = {}
 
@@ -314,7 +328,7 @@ class Replay(Session, Choice):
             trees.append(tree)
         return Proposal(trees, [{} for _ in trees])
 
-    def choose(self, visits: Sequence[Visit], scores: Tensor) -> list[int]:
+    def choose(self, visits: Sequence[Visit], scores: Tensor, logits: Tensor) -> list[int]:
         chosen = []
         for visit in visits:
             number = visit.row.number

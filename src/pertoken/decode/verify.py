@@ -43,22 +43,26 @@ class Visit:
 class Choice(ABC):
     """How a token is chosen at a visited node."""
 
+    def postponed(self, visits: Sequence[Visit], logits: Tensor) -> list[bool]:
+        """Which visits wait until the other rows have come as far as they can; logits as the model gave them."""
+        return [False] * len(visits)
+
     @abstractmethod
-    def choose(self, visits: Sequence[Visit], scores: Tensor) -> list[int]:
-        """One token per visit from processed scores `[visit, vocabulary]`."""
+    def choose(self, visits: Sequence[Visit], scores: Tensor, logits: Tensor) -> list[int]:
+        """One token per visit from processed scores `[visit, vocabulary]`; logits: the same before processing."""
 
 
 class Greedy(Choice):
     """The most likely token."""
 
-    def choose(self, visits: Sequence[Visit], scores: Tensor) -> list[int]:
+    def choose(self, visits: Sequence[Visit], scores: Tensor, logits: Tensor) -> list[int]:
         return scores.argmax(-1).tolist()
 
 
 class Sampling(Choice):
     """A sample of the target's distribution, spent on the tree's children first."""
 
-    def choose(self, visits: Sequence[Visit], scores: Tensor) -> list[int]:
+    def choose(self, visits: Sequence[Visit], scores: Tensor, logits: Tensor) -> list[int]:
         target = scores.softmax(-1)
         tokens: list[int | None] = [None] * len(visits)
         children = [visit.tree.children.get(visit.node, []) for visit in visits]
@@ -124,15 +128,24 @@ def verify(
         table, finite = tokens.tolist(), bool(torch.isfinite(best).all())
     else:
         table, finite = None, False
-    at = dict.fromkeys(range(len(trees)), ROOT)
-    while at:
+    at, waiting = dict.fromkeys(range(len(trees)), ROOT), {}
+    while at or waiting:
+        waited = not at
+        if waited:
+            at, waiting = waiting, at
         visits = [Visit(request.active[r], trees[r], node, laws[r].get(node)) for r, node in at.items()]
         if table is not None and finite:
             chosen = [table[r][node + 1] for r, node in at.items()]
         else:
             seen = logits[list(at), [node + 1 for node in at.values()]]
             _check_finite(seen.amax(-1), visits)
-            chosen = choice.choose(visits, request.process([v.row for v in visits], seen))
+            if not waited and any(late := choice.postponed(visits, seen)):
+                for (r, node), stays in zip(list(at.items()), late, strict=True):
+                    if stays:
+                        waiting[r] = node
+                        del at[r]
+                continue
+            chosen = choice.choose(visits, request.process([v.row for v in visits], seen), seen)
         request.commit([v.row for v in visits], chosen)
         further = {}
         for (r, node), token in zip(at.items(), chosen, strict=True):

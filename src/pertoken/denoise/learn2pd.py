@@ -34,6 +34,7 @@ from pertoken.core.errors import BadRequest
 from pertoken.denoise.canvas import Canvas
 from pertoken.denoise.rules import CommitRule, Guess, top
 from pertoken.models.load import resolve
+from pertoken.models.signature import signature
 
 if TYPE_CHECKING:
     from pertoken.denoise.settings import Settings
@@ -125,18 +126,6 @@ class Learn2PD(CommitRule):
         kept = canvas.valid.gather(1, canvas.block_columns)
         sure = self.filter(guess.confidence.masked_fill(~kept, 1).float()).sigmoid() > self.tau
         return sure | top(guess.ranked, guess.quota)
-
-
-def signature(model: nn.Module) -> str:
-    """A short hash of a model's shapes and of a few of its weights: tells models apart, dtypes not."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
-        digest.update(f"{name}{list(weight.shape)}".encode())
-        few = weight.flatten()[:: max(weight.numel() // 8, 1)].to(torch.bfloat16).float()
-        digest.update(few.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

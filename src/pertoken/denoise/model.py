@@ -14,7 +14,7 @@ from pertoken.denoise.canvas_model import CanvasModel
 from pertoken.denoise.rules import Guess
 from pertoken.denoise.watch import Watch
 from pertoken.models.adapter import Adapter
-from pertoken.models.slots import SlotCache
+from pertoken.models.slots import SlotCache, mask
 from pertoken.models.stack import stack_of
 
 
@@ -210,13 +210,3 @@ class DiffusionModel(CanvasModel):
             self.states = self.states[:, rows]
         if self.watch is not None:
             self.watch.select(rows)
-
-
-def mask(valid: Tensor, positions: Tensor, own: Tensor, read: int, window: int | None, dtype: torch.dtype) -> Tensor:
-    """Additive mask `[row, 1, query, column]`: queries at positions `own` `[row, query]` read all valid positions
-    `[row, column]`, within `window` of their own where there is one."""
-    seen = valid[:, None, :read].expand(-1, own.shape[1], -1)
-    if window is not None:
-        seen = seen & ((own[..., None] - positions[:, None, :read]).abs() < window)
-    empty = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-    return empty.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]

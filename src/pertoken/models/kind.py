@@ -25,6 +25,14 @@ def kind_of(model: Any) -> str:
     return "diffusion" if getattr(config, "stop_token_id", None) is None else "insertion"
 
 
+DRAFTS = {"draft": "causal", "diffusion_draft": "diffusion"}  # what a method may need beside the model: of which kind
+
+
+def draft_kind(needs: Iterable[str]) -> str | None:
+    """The kind of draft model that a method with these needs is given, None if none."""
+    return next((kind for need, kind in DRAFTS.items() if need in needs), None)
+
+
 def kind_needed(needs: Iterable[str]) -> str:
     """The kind that a method with these needs (as on its card) runs on: causal unless it names another."""
     return next((kind for kind in KINDS if kind in needs), "causal")

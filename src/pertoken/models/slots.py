@@ -112,3 +112,13 @@ class SlotCache:
         self.buffer = self.buffer[:, :, rows]
         if self.queries is not None:
             self.queries = self.queries[:, rows]
+
+
+def mask(valid: Tensor, positions: Tensor, own: Tensor, read: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    """Additive mask `[row, 1, query, column]`: queries at positions `own` `[row, query]` read all valid positions
+    `[row, column]`, within `window` of their own where there is one."""
+    seen = valid[:, None, :read].expand(-1, own.shape[1], -1)
+    if window is not None:
+        seen = seen & ((own[..., None] - positions[:, None, :read]).abs() < window)
+    empty = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return empty.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
