@@ -33,6 +33,7 @@ FRAMEWORK = (
     "diffusion",
     "docs",
     "execute",
+    "key_tasks",
     "results",
     "runner",
     "sides",

@@ -7,7 +7,7 @@ among filler; a question repeats a key as it was told, and its answer is the val
 |---|---|---|
 | `lines` | a line `word: word word` | Python text, where the pairs do not fill the context |
 | `pairs` | two random tokens: multi-query associative recall (Zoology, arXiv 2312.04927) | other random tokens |
-| `needles` | a line `MAGIC_word = 4821` | Python text |
+| `needles` | a line `MAGIC_word = 48` | Python text |
 
 The tokens are those of the other code models. Their vocabulary of 4096 costs a good third of the weights, but a word is
 one token, so a key can be matched whole and 32k tokens hold 100 kB of text. With bytes a key would be spelt, its match
@@ -31,7 +31,7 @@ from pertoken.core.errors import BadRequest
 from pertoken.zoo import corpus
 
 TASKS = ("lines", "pairs", "needles")
-DIGITS = 4  # of a needle's number
+DIGITS = 2  # of a needle's number
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 
