@@ -69,7 +69,7 @@ FAMILIES = {
 LAYERS = 4
 DECODERS = [name for name, one in cards().items() if one.shape == "decoder" and one.question == "decode"]
 LOSSLESS = [name for name in DECODERS if card(name).exactness == "lossless"]
-POLICIES = [name for name, one in cards().items() if one.shape == "policy"]
+POLICIES = [name for name, one in cards().items() if one.shape == "policy" and "image" not in one.needs]
 
 
 def built(name):

@@ -8,6 +8,7 @@ CONFIGS = {
     "causal": [{}, {"is_causal": True}, {"is_causal": None}, {"stop_token_id": 0}],
     "diffusion": [{"is_causal": False}, {"is_causal": False, "stop_token_id": None}, {"model_type": "diffusion_gemma"}],
     "insertion": [{"is_causal": False, "stop_token_id": 0}],
+    "image": [{"model_type": "vit"}, {"model_type": "clip_vision_model"}, {"model_type": "llava"}],
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from pertoken.core.card import Card, card, cards
 from pertoken.models.kind import KINDS, kind_needed
 
-ARTICLE = {"causal": "a", "diffusion": "a", "insertion": "an"}
+ARTICLE = {"causal": "a", "diffusion": "a", "insertion": "an", "image": "an"}
 PLAIN, DENSE = "generate", "dense"
 REFERENCES = {"causal": (PLAIN, "full"), "diffusion": (DENSE, DENSE), "insertion": ("ilm", "ilm")}
 LABELS = {PLAIN: "transformers generate", DENSE: "one per step, no cache"}
@@ -97,6 +97,8 @@ def check_kind(name: str, kind: str, model_name: str) -> None:
             raise ValueError(f"{name} is no side for {model_name}, a {kind} model; its own is {reference(kind)}")
         return
     parts = parts_of(name)
+    if images := [one.name for one in parts if kind_needed(one.needs) == "image"]:
+        raise ValueError(f"{images[0]} works on images and writes no text; give it a picture with --input photo.png")
     needed = next((kind_needed(one.needs) for one in parts if one.shape == "decoder"), "causal")
     if needed == kind:
         return

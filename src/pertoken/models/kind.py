@@ -1,8 +1,9 @@
-"""What kind of language model a model is. The only place that says so.
+"""What kind of model a model is. The only place that says so.
 
 - *causal*: goes on from the left, one token after the other.
 - *diffusion*: fills in a canvas in any order; `config.is_causal` is False, or its type is one of `FILLING`.
 - *insertion*: puts tokens in at any place; a `config.stop_token_id` besides.
+- *image*: encodes images; a family of `models.vision`, alone, under a head, or in front of a language model.
 """
 
 from __future__ import annotations
@@ -10,9 +11,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-KINDS = {"causal": "goes on from the left", "diffusion": "fills in a canvas", "insertion": "inserts at any place"}
+from pertoken.models.vision import vision_families
+
+KINDS = {
+    "causal": "goes on from the left",
+    "diffusion": "fills in a canvas",
+    "insertion": "inserts at any place",
+    "image": "encodes images",
+}
 
 FILLING = ("diffusion_gemma",)
+SEEING = ("clip", "siglip", "llava", "pertoken_segmenter")  # what holds an image encoder, beside the encoders themselves
 
 
 def kind_of(model: Any) -> str:
@@ -20,6 +29,8 @@ def kind_of(model: Any) -> str:
     config = model.config
     if getattr(config, "model_type", None) in FILLING:
         return "diffusion"
+    if getattr(config, "model_type", None) in (*vision_families(), *SEEING):
+        return "image"
     if getattr(config, "is_causal", True) is not False:
         return "causal"
     return "diffusion" if getattr(config, "stop_token_id", None) is None else "insertion"

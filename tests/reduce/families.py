@@ -1,0 +1,61 @@
+"""Tiny random image encoders of every family, and images that differ in how much there is to see."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    DeiTConfig,
+    DeiTModel,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    ViTConfig,
+    ViTModel,
+)
+
+SIZE, PATCH, LAYERS = 32, 4, 4
+COMMON = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "image_size": SIZE,
+    "patch_size": PATCH,
+    "initializer_range": 0.3,
+}
+FAMILIES = {
+    "vit": lambda: ViTModel(ViTConfig(**COMMON)),
+    "deit": lambda: DeiTModel(DeiTConfig(**COMMON)),
+    "dinov2": lambda: Dinov2Model(Dinov2Config(**COMMON, mlp_ratio=2)),
+    "registers": lambda: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**COMMON, mlp_ratio=2)),
+    "clip": lambda: CLIPVisionModel(CLIPVisionConfig(**COMMON)),
+    "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**COMMON)),
+}
+
+
+def encoder(family, attention="sdpa", dtype=torch.float32, seed=1):
+    torch.manual_seed(seed)
+    model = FAMILIES[family]()
+    with torch.no_grad():  # some families begin with layers that do nothing, or with the same position everywhere
+        for name, weight in model.named_parameters():
+            if "lambda" in name:
+                weight.fill_(1.0)
+            if "position_embedding" in name:
+                weight.normal_(0, 0.3)
+    model.set_attn_implementation(attention)
+    return model.to(dtype).eval()
+
+
+def images(count=4, size=SIZE, seed=5):
+    """From one of a single colour to one of noise: `[count, 3, size, size]`."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(count, 3, size, size, generator=generator)
+    flat = torch.randn(count, 3, 1, 1, generator=generator).expand(-1, -1, size, size)
+    columns = torch.arange(size).expand(size, size)
+    share = torch.linspace(0, 1, count)[:, None, None, None]
+    return torch.where(columns < share * size, noise, flat)
