@@ -28,6 +28,7 @@ _HOOKS = tuple(
     name for name in vars(nn.Module()) if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))
 )
 _ABSENT = object()
+_PROMPT = "prompt length"
 
 
 def active(model: nn.Module) -> tuple[Attachment, ...]:
@@ -132,15 +133,34 @@ class Attachment:
             ids = kwargs.get("input_ids", args[0] if args else None)
             if ids is None:
                 ids = kwargs["inputs_embeds"][..., 0]
-            mask = kwargs.get("attention_mask")
+            mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+            past = 0 if cache is None else int(cache.get_seq_length())
             if torch.is_tensor(mask) and mask.ndim == 2:
                 valid = mask[:, -ids.shape[1] :].bool()
+                positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
             else:
                 valid = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device)
-            self.begin(View(valid=valid, layers=layers))
+                positions = torch.arange(past, past + ids.shape[1], device=ids.device)
+                positions = kwargs.get("position_ids", positions[None]).expand(len(ids), -1)
+            self.enter(None)
+            prompt = self._prompt(valid, positions, past)
+            self.begin(View(valid=valid, layers=layers, positions=positions, prompt=prompt))
             return forward(*args, **kwargs)
 
         self.wrap(base, around)
+
+    def _prompt(self, valid: Tensor, positions: Tensor, past: int) -> Tensor:
+        """`[batch]` tokens that were given: those of the first forward, and of more than one token that follow it
+        before anything was generated (a prompt in chunks); of one that began before the attachment, all so far."""
+        known, read = self.state.get(_PROMPT), positions.masked_fill(~valid, -1).amax(-1) + 1
+        if not past:
+            known = read
+        elif known is None or len(known) != len(valid):
+            known = positions[:, 0]
+        elif valid.shape[1] > 1 and torch.equal(known, positions[:, 0]):
+            known = read
+        self.state[_PROMPT] = known
+        return known
 
     def begin(self, view: View, cache: Any = None) -> None:
         """Announce a forward; called by whatever runs the model. cache: what the forward goes on from, where several

@@ -26,13 +26,17 @@ class View:
 
     valid `[batch, token]` bool: which tokens of this forward are real; layers: depth of the model; signals: tensors
     with a leading `[batch, token]` that the mechanism measured, by name (see `core.signals`); tree: the tokens are the
-    nodes of a token tree, not a text.
+    nodes of a token tree, not a text; positions `[batch, token]` int: the place of each token in its row; prompt
+    `[batch]` int: how many tokens of each row were given and not generated. The last two are None where whatever runs
+    the model does not say.
     """
 
     valid: Tensor
     layers: int
     signals: dict[str, Tensor] = field(default_factory=dict)
     tree: bool = False
+    positions: Tensor | None = None
+    prompt: Tensor | None = None
 
 
 class Policy(ABC):

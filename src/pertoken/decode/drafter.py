@@ -78,7 +78,8 @@ class ModelDrafter(TreeReader):
 
     def __init__(self, stack: Stack, rows: Sequence[Row], size: int):
         longest = max(len(row.tokens) for row in rows)
-        super().__init__(Context(stack, len(rows), longest + 2 * size + 64))
+        given = [len(row.tokens) - row.generated for row in rows]
+        super().__init__(Context(stack, len(rows), longest + 2 * size + 64, given))
         self.columns = [{} for _ in rows]
         self.blocks: list[Tensor] = []
         self.begin()

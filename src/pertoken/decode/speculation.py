@@ -168,7 +168,8 @@ class Speculation(Recorded, ABC):
         stats.__init__()  # type: ignore[misc]
         trace, player = self._tape.taken()
         longest = max(len(row.tokens) for row in request.rows)
-        target = Context(stack_of(model), len(request.rows), longest + min(request.max_new, 256) + 80)
+        given = [len(row.tokens) for row in request.rows]
+        target = Context(stack_of(model), len(request.rows), longest + min(request.max_new, 256) + 80, given)
         session = self.session(request, target, scope) if player is None else Replay(player, request, target)
         choice = session.choice or (Sampling() if request.sampling else Greedy())
         if any(len(row.tokens) > 1 for row in request.rows):
@@ -260,6 +261,7 @@ def _target_logits(
         )
         joined = [torch.cat(pair, 1) for pair in zip(partial.states, early, strict=True)]
         cache.open(base, positions)
+        stack.announce(valid, cache, tree=True, positions=positions)
         later: list[Tensor] = []
         hidden = stack.run(joined[-1], positions, cache, stack.masks(cache, allow), partial.layers, depth, later)
         states = [*joined, *later]

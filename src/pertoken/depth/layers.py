@@ -1,7 +1,8 @@
-"""The folder's mechanism so far: run or pass over whole layers, as a `Depth` decision says for each token."""
+"""Run or pass over whole layers, as a `Depth` decision says for each token before the forward begins."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,6 +12,7 @@ from pertoken.core.attach import Attachment
 from pertoken.core.budget import Budget
 from pertoken.core.decision import Depth
 from pertoken.core.policy import Policy, View
+from pertoken.depth.ragged import NONE, RaggedLayer, Runs
 from pertoken.models.adapter import adapter_for
 
 SITE = "depth.layers"
@@ -20,15 +22,18 @@ SITE = "depth.layers"
 class LayerPolicy(Policy):
     """Base of policies that choose layers. `decide` returns a `Depth`; a layer that no token runs is not called.
 
-    Where the tokens of one forward differ, the layer runs and the others keep their input. The first layer always runs:
-    transformers reads the length of the context from its cache. uniform: every token of every forward runs the same
-    layers, so that where nothing is recorded or replayed they are decided once, and only those passed over are touched.
+    Where the tokens of one forward differ, those that run a layer are moved together, and the others keep their input
+    (see `ragged`). The first layer always runs: transformers reads the length of the context from its cache. keys: what
+    a layer holds for a token that passed over it, "none" or "carried". uniform: every token of every forward runs the
+    same layers, so that where nothing is recorded or replayed they are decided once, and only those passed over are
+    touched.
     """
 
     budget: Budget = Budget(fraction=0.5)
     reads: ClassVar[frozenset[str]] = frozenset()
     writes: ClassVar[frozenset[str]] = frozenset({"layers"})
     uniform: ClassVar[bool] = False
+    keys: ClassVar[str] = NONE
 
     def install(self, model: Any, attachment: Attachment) -> None:
         adapter = adapter_for(model)
@@ -38,38 +43,25 @@ class LayerPolicy(Policy):
             one = torch.ones(1, 1, dtype=torch.bool, device=adapter.device)
             decision = attachment.decide(SITE, View(valid=one, layers=depth))
             assert isinstance(decision, Depth)
-            for layer, runs in zip(adapter.layers, decision.layers[0, 0].tolist(), strict=True):
+            for index, runs in enumerate(decision.layers[0, 0].tolist()):
                 if not runs:
-                    attachment.wrap(layer, passed_over)
+                    layer = adapter.layers[index]
+                    attachment.wrap(layer, in_place_of(RaggedLayer(adapter, index, layer.forward, self.keys)))
             return
 
         def observe(view: View) -> None:
             decision = attachment.decide(SITE, view)
             assert isinstance(decision, Depth)
-            layers = decision.layers
-            if layers.stride()[:2] == (0, 0) and layers.numel():  # expanded: the same layers for every token
-                runs, count = layers[0, 0].tolist(), 1
-            else:
-                real = layers[view.valid]
-                runs, count = real.sum(0).tolist(), len(real)
-            state = attachment.state
-            state["idle"] = {index for index, some in enumerate(runs) if not some} if count else set()
-            state["mixed"] = {index for index, some in enumerate(runs) if 0 < some < count}
-            state["layers"] = layers
-
-        nothing: set[int] = set()
+            attachment.state[SITE] = (runs_of(decision), view)
 
         def around_layer(index: int, forward: Any) -> Any:
+            layer = RaggedLayer(adapter, index, forward, self.keys)
+
             def run(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-                state = attachment.state
-                if not attachment.enabled:
+                if not attachment.enabled or SITE not in attachment.state:
                     return forward(hidden, *args, **kwargs)
-                if index in state.get("idle", nothing):
-                    return hidden
-                out = forward(hidden, *args, **kwargs)
-                if index in state.get("mixed", nothing):
-                    out = torch.where(state["layers"][..., index, None], out, hidden)
-                return out
+                runs, view = attachment.state[SITE]
+                return layer(runs[index], view, hidden, args, kwargs)
 
             return run
 
@@ -79,9 +71,20 @@ class LayerPolicy(Policy):
             attachment.set_attribute(layer, "forward", around_layer(index, layer.forward))
 
 
-def passed_over(forward: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """In place of a layer that no token runs."""
-    return hidden
+def runs_of(decision: Depth) -> list[Runs]:
+    """For each layer whether all real tokens run it, none does, or which ones do."""
+    layers = decision.layers
+    if layers.stride()[:2] == (0, 0) and layers.numel():  # expanded: the same layers for every token
+        return layers[0, 0].tolist()
+    real = layers & decision.valid[..., None]
+    count = int(decision.valid.sum())
+    some = zip(real.sum((0, 1)).tolist(), real.unbind(-1), strict=True)
+    return [True if number == count else number > 0 and which for number, which in some]
+
+
+def in_place_of(layer: RaggedLayer) -> Callable[..., Any]:
+    """What is wrapped around a layer that no token runs."""
+    return lambda forward, *args, **kwargs: layer.passed_over(*args, **kwargs)
 
 
 def same_layers(view: View, kept: list[int]) -> Depth:

@@ -36,7 +36,8 @@ class Packing:
 
 
 class TreeCache:
-    """buffer `[layer, 2, row, kv_head, column, head_dim]`; valid and positions `[row, column]`."""
+    """buffer `[layer, 2, row, kv_head, column, head_dim]`; valid and positions `[row, column]`; prompt `[row]`: how
+    many tokens of each row were given and not generated, None where that is not known."""
 
     is_compileable = False
 
@@ -48,6 +49,7 @@ class TreeCache:
         self.base = 0
         self.columns = slice(0, 0)
         self.packing: Packing | None = None
+        self.prompt: Tensor | None = None
         self.dense = True
         low = adapter.dtype in (torch.bfloat16, torch.float16) and adapter.device.type == "cpu"
         self.multiple = LOW_PRECISION_MULTIPLE if low else 1
@@ -162,5 +164,6 @@ class TreeCache:
         """Keep only these rows, in this order."""
         self.buffer = self.buffer[:, :, rows]
         self.valid, self.positions = self.valid[rows], self.positions[rows]
+        self.prompt = None if self.prompt is None else self.prompt[rows]
         if self.base:
             self._close_holes()

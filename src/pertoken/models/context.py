@@ -16,11 +16,13 @@ CHUNK = 512  # tokens per forward of a long prompt: bounds the mask to [row, CHU
 
 
 class Context:
-    """What one model has read of every row. `known[row]` tokens of the row are in the cache."""
+    """What one model has read of every row. `known[row]` tokens of the row are in the cache; prompt: how many tokens of
+    each row are given, for policies that treat them otherwise than those generated."""
 
-    def __init__(self, stack: Stack, rows: int, capacity: int):
+    def __init__(self, stack: Stack, rows: int, capacity: int, prompt: Sequence[int] | None = None):
         self.stack = stack
         self.cache = TreeCache(stack.adapter, rows, capacity)
+        self.cache.prompt = None if prompt is None else torch.tensor(prompt, device=stack.adapter.device)
         self.known = [0] * rows
         self.tail_lengths = [0] * rows
 

@@ -72,14 +72,15 @@ class Stack(ABC):
         cache.open(start, positions, valid)
         if valid is None:
             valid = positions >= 0
-        self.announce(valid, cache, tree=not text)
+        self.announce(valid, cache, tree=not text, positions=positions)
         hidden = self.embed(ids, positions)
         return self.run(hidden, positions, cache, self.masks(cache, allow), 0, last or self.adapter.depth, states)
 
-    def announce(self, valid: Tensor, cache: Any = None, tree: bool = False) -> None:
+    def announce(self, valid: Tensor, cache: Any = None, tree: bool = False, positions: Tensor | None = None) -> None:
         """Tell attached policies that a forward begins, and what it goes on from."""
+        prompt = cache.prompt if isinstance(cache, TreeCache) else None
         for attachment in active(self.adapter.model):
-            attachment.begin(View(valid=valid, layers=self.adapter.depth, tree=tree), cache)
+            attachment.begin(View(valid, self.adapter.depth, tree=tree, positions=positions, prompt=prompt), cache)
 
     @abstractmethod
     def run(
