@@ -12,6 +12,12 @@ from transformers import (
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
     SiglipVisionConfig,
     SiglipVisionModel,
     ViTConfig,
@@ -59,3 +65,56 @@ def images(count=4, size=SIZE, seed=5):
     columns = torch.arange(size).expand(size, size)
     share = torch.linspace(0, 1, count)[:, None, None, None]
     return torch.where(columns < share * size, noise, flat)
+
+
+IMAGE = 60
+PATCHES = (SIZE // PATCH) ** 2
+TEXT = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "max_position_embeddings": 512,
+}
+TEXTS = {
+    "llama": LlamaConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "mistral": lambda **given: MistralConfig(**given, sliding_window=None),
+}
+
+
+def llava(text="llama", tower="clip", layers=3, **settings):
+    """A tiny random LLaVA."""
+    torch.manual_seed(4)
+    made = {
+        "clip": (CLIPVisionConfig, "default"),
+        "siglip": (SiglipVisionConfig, "full"),
+    }[tower]
+    config = LlavaConfig(
+        vision_config=made[0](**COMMON),
+        text_config=TEXTS[text](**TEXT | {"num_hidden_layers": layers}),
+        vision_feature_select_strategy=made[1],
+        image_token_id=IMAGE,
+        **settings,
+    )
+    return LlavaForConditionalGeneration(config).eval()
+
+
+def prompts(side="left"):
+    """Two ragged rows with one and two images: keyword arguments of a LLaVA."""
+    picture = [IMAGE] * PATCHES
+    rows = [[1, 5, *picture, 7, 8, 9], [1, *picture, 4, *picture, 3]]
+    width = max(map(len, rows))
+    ids, mask = torch.zeros(2, width, dtype=torch.long), torch.zeros(2, width, dtype=torch.long)
+    for row, given in enumerate(rows):
+        where = slice(width - len(given), width) if side == "left" else slice(0, len(given))
+        ids[row, where], mask[row, where] = torch.tensor(given), 1
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": images(3)}

@@ -21,7 +21,7 @@ KINDS = {
 }
 
 FILLING = ("diffusion_gemma",)
-SEEING = ("clip", "siglip", "llava", "pertoken_segmenter")  # what holds an image encoder, beside the encoders themselves
+SEEING = ("clip", "siglip", "llava", "pertoken_segmenter")  # what holds an image encoder
 
 
 def kind_of(model: Any) -> str:

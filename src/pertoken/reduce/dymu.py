@@ -25,6 +25,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pertoken.core.budget import Budget
 from pertoken.core.card import Paper, method
 from pertoken.core.decision import Assign
@@ -81,5 +83,5 @@ class DyMU(Reduction):
         assert isinstance(view, TokenView)
         scores, partner = proposals(view)
         tau = self.taus[view.index] if view.index < len(self.taus) else 1.0
-        accepted = best(scores, most(view)) & (scores > tau if tau < 1 else scores.new_zeros(()).bool())
+        accepted = best(scores, most(view)) & (scores > (tau if tau < 1 else torch.inf))
         return merged(view, accepted, partner)

@@ -22,7 +22,7 @@ from __future__ import annotations
 import itertools
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -35,7 +35,9 @@ from pertoken.core.decision import Assign
 from pertoken.core.errors import BadRequest
 from pertoken.core.policy import Policy, View
 from pertoken.models.attention import attention_configs, own_attention
+from pertoken.models.llava import Llava, sees_and_writes
 from pertoken.models.vision import VisionAdapter, vision_adapter_for
+from pertoken.reduce.language import FORMS, Seeing
 from pertoken.reduce.tokens import Tokens
 
 SITE = "reduce.tokens"
@@ -102,9 +104,14 @@ class TokenView(View):
 
 @dataclass(frozen=True)
 class Reduction(Policy):
-    """Base of the policies that reduce the tokens of an image encoder. See the module."""
+    """Base of the policies that reduce the tokens of an image encoder. See the module.
+
+    unmerge: in a language model that sees, how tokens stand at the places of their members: "fast" or "exact", the same
+    values by another way of computing, or None for not at all (see `language`).
+    """
 
     budget: Budget = Budget(fraction=0.5)
+    unmerge: str | None = field(default="fast", kw_only=True)
     reads: ClassVar[frozenset[str]] = frozenset({"keys"})
     writes: ClassVar[frozenset[str]] = frozenset({"image tokens"})
     place: ClassVar[str] = "within"
@@ -117,6 +124,8 @@ class Reduction(Policy):
                 f"{type(self).__name__} reduces tokens: budget {self.budget} means nothing to it (unit {wrong.pop()}); "
                 "give Budget(tokens=...) or Budget(fraction=...)"
             )
+        if self.unmerge is not None and self.unmerge not in FORMS:
+            raise BadRequest(f"unmerge={self.unmerge!r} is unknown; choose one of {', '.join(FORMS)}, or None")
 
     @abstractmethod
     def acts(self, index: int, tokens: Tokens, patches: int, layers: int) -> bool:
@@ -131,13 +140,17 @@ class Reduction(Policy):
 
     def install(self, model: Any, attachment: Attachment) -> None:
         adapter = vision_adapter_for(model)
-        if not self.budget.is_full or attachment.taped:
-            attachment.policy = policy = self.fitted(adapter, model)
-            policy.mechanism(adapter, model, attachment).install()
+        if self.budget.is_full and not attachment.taped:
+            return
+        attachment.policy = policy = self.fitted(adapter, model)
+        reducing = policy.mechanism(adapter, model, attachment)
+        reducing.install()
+        if sees_and_writes(model):
+            Seeing(Llava(model), reducing, attachment, policy.unmerge).install()
 
     def mechanism(self, adapter: VisionAdapter, model: Any, attachment: Attachment) -> Reducing:
         """What carries its decisions out."""
-        return Reducing(adapter, self, attachment)
+        return Reducing(adapter, self, attachment, read_layers(model, adapter))
 
 
 class Reducing:
@@ -147,6 +160,7 @@ class Reducing:
     def __init__(self, adapter: VisionAdapter, policy: Reduction, attachment: Attachment, layers: int | None = None):
         self.adapter, self.policy, self.attachment = adapter, policy, attachment
         self.layers = adapter.depth if layers is None else layers
+        self.ended: tuple[Tokens, Tensor] | None = None
         self.usual = adapter.config._attn_implementation or "eager"
         self.name = f"pertoken_reducing_{next(_numbers)}"
         self.tokens: Tokens | None = None
@@ -234,9 +248,16 @@ class Reducing:
         assert tokens is not None
         if index == self.layers - 1:
             self.attachment.state[TOKENS] = tokens
+            self.ended = (tokens, hidden)
         if index < self.adapter.depth - 1 or (tokens.uniform and tokens.longest == tokens.place.shape[1]):
             return hidden
         return tokens.grid(hidden) if self.policy.returns == "grid" else tokens.kept(hidden)
+
+    def read(self) -> tuple[Tokens, Tensor]:
+        """Tokens and hidden states after the last layer that reduces, of the last forward; once."""
+        assert self.ended is not None
+        ended, self.ended = self.ended, None
+        return ended
 
     def attention(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **given: Any
@@ -251,6 +272,19 @@ class Reducing:
         if tokens.uniform:
             return own(module, query, key, value, tokens.masks(query.dtype)[0], **given)
         return tokens.attended(lambda q, k, v, m: own(module, q, k, v, m, **given)[0], query, key, value), None
+
+
+def read_layers(model: Any, adapter: VisionAdapter) -> int:
+    """How many of the encoder's layers are read by what comes after it."""
+    layer = getattr(getattr(model, "config", None), "vision_feature_layer", None)
+    if layer is None:
+        return adapter.depth
+    if not isinstance(layer, int):
+        raise BadRequest(
+            f"{type(model).__name__} reads {len(layer)} layers of its encoder at once, in which tokens are merged "
+            "differently; use a model with one vision_feature_layer"
+        )
+    return layer if layer >= 0 else adapter.depth + 1 + layer
 
 
 def nothing(decision: Assign) -> bool:

@@ -30,7 +30,7 @@ from pertoken.core.policy import View
 from pertoken.models.signature import signature
 from pertoken.models.vision import VisionAdapter, vision_adapter_for
 from pertoken.reduce.matching import best, merged, most, proposals
-from pertoken.reduce.reduction import PATCHES, Reducing, TokenView
+from pertoken.reduce.reduction import PATCHES, Reducing, TokenView, read_layers
 from pertoken.reduce.scheduled import Scheduled
 
 FORMAT = "pertoken-thresholds-1"
@@ -166,16 +166,3 @@ def calibrate(
         taus.append(tuple(float(torch.tensor(policy.noted[i], dtype=torch.float64).mean()) for i in range(layers)))
     count = sum(map(len, batches))
     return Thresholds(tuple(targets), tuple(taus), patches, signature(adapter.base), count, inflect)
-
-
-def read_layers(model: Any, adapter: VisionAdapter) -> int:
-    """How many of the encoder's layers are read by what comes after it."""
-    layer = getattr(getattr(model, "config", None), "vision_feature_layer", None)
-    if layer is None:
-        return adapter.depth
-    if not isinstance(layer, int):
-        raise BadRequest(
-            f"{type(model).__name__} reads {len(layer)} layers of its encoder at once, in which tokens are merged "
-            "differently; use a model with one vision_feature_layer"
-        )
-    return layer if layer >= 0 else adapter.depth + 1 + layer
