@@ -15,7 +15,7 @@ from functools import lru_cache
 
 from pertoken.decode.grammar.ir import EMPTY, Grammar, Node, Repeat, alt, seq
 from pertoken.decode.grammar.text import ESCAPES, Cursor
-from pertoken.decode.grammar.unicode import ANY, TOP, Ranges, characters, complement, tidy
+from pertoken.decode.grammar.unicode import ANY, LINE_ENDS, TOP, Ranges, characters, complement, tidy
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,6 @@ WORD: Ranges = ((48, 57), (65, 90), (95, 95), (97, 122))
 SPACE: Ranges = tidy([(9, 13), (32, 32), (0xA0, 0xA0), (0x1680, 0x1680), (0x2000, 0x200A), (0x2028, 0x2029),
                       (0x202F, 0x202F), (0x205F, 0x205F), (0x3000, 0x3000), (0xFEFF, 0xFEFF)])  # fmt: skip
 CLASSES = {"d": DIGIT, "w": WORD, "s": SPACE}
-LINE_ENDS: Ranges = ((10, 10), (13, 13), (0x2028, 0x2029))
 CATEGORIES = {
     "Letter": "L", "Uppercase_Letter": "Lu", "Lowercase_Letter": "Ll", "Titlecase_Letter": "Lt", "Mark": "M",
     "Number": "N", "Decimal_Number": "Nd", "digit": "Nd", "Punctuation": "P", "punct": "P", "Symbol": "S",

@@ -11,6 +11,7 @@ TOP = 0x10FFFF
 SURROGATES = (0xD800, 0xDFFF)
 Ranges = tuple[tuple[int, int], ...]
 ANY: Ranges = ((0, 0xD7FF), (0xE000, TOP))
+LINE_ENDS: Ranges = ((10, 10), (13, 13), (0x2028, 0x2029))
 
 
 def tidy(ranges: Iterable[Sequence[int]]) -> Ranges:
