@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from pertoken.core.card import card, cards
 from pertoken.methods import load_methods
+from pertoken.models.segmenter import PlainSegmenter
 from pertoken.reduce.thresholds import calibrate
-from tests.reduce.families import images
+from tests.reduce.families import encoder, images, segmenter
 
 load_methods()
 
 REDUCERS = [name for name, one in cards().items() if one.shape == "policy" and "image" in one.needs]
+
+
+def host(name, family):
+    """What a policy of this name is attached to: an encoder, or a segmenter around one."""
+    return segmenter(family, "linear") if "heads" in card(name).needs else encoder(family)
 
 
 def built(name, model, **settings):
@@ -21,5 +27,5 @@ def built(name, model, **settings):
 
 
 def out_of(model, pixels):
-    """What an encoder makes of images, as one tensor."""
-    return model(pixels).last_hidden_state
+    """What a model makes of images, as one tensor."""
+    return model(pixels).logits if isinstance(model, PlainSegmenter) else model(pixels).last_hidden_state

@@ -24,6 +24,8 @@ from transformers import (
     ViTModel,
 )
 
+from pertoken.models.segmenter import PlainSegmenter, SegmenterConfig
+
 SIZE, PATCH, LAYERS = 32, 4, 4
 COMMON = {
     "hidden_size": 32,
@@ -118,3 +120,17 @@ def prompts(side="left"):
         where = slice(width - len(given), width) if side == "left" else slice(0, len(given))
         ids[row, where], mask[row, where] = torch.tensor(given), 1
     return {"input_ids": ids, "attention_mask": mask, "pixel_values": images(3)}
+
+
+def segmenter(family="vit", head="atm", classes=5):
+    """A tiny random segmenter with three stages around an encoder of this family."""
+    inner = encoder(family)
+    config = SegmenterConfig(inner.config, ends=(1, 2, 3), classes=classes, head=head, head_width=24, head_heads=4)
+    torch.manual_seed(6)
+    model = PlainSegmenter(config).eval()
+    model.encoder.load_state_dict(inner.state_dict())
+    with torch.no_grad():
+        for weight in model.heads.parameters():
+            if weight.ndim > 1:
+                weight.normal_(0, 0.3)
+    return model

@@ -40,7 +40,7 @@ from pertoken.models.vision import VisionAdapter, vision_adapter_for
 from pertoken.reduce.language import FORMS, Seeing
 from pertoken.reduce.tokens import Tokens
 
-SITE = "reduce.tokens"
+SITE, NAME = "reduce.tokens", "pertoken_reducing"
 TOKENS, PATCHES = "tokens", "patches"
 PLACES = ("within", "after")
 MASKED = ("sdpa", "eager", "flex_attention")
@@ -155,17 +155,28 @@ class Reduction(Policy):
 
 class Reducing:
     """One policy's decisions on one image encoder. layers: how many of its layers reduce; the tokens after the last of
-    them are in the attachment's state under `TOKENS`."""
+    them are in the attachment's state under `TOKENS`. grades: what else a policy is told at the end of each layer."""
 
-    def __init__(self, adapter: VisionAdapter, policy: Reduction, attachment: Attachment, layers: int | None = None):
-        self.adapter, self.policy, self.attachment = adapter, policy, attachment
+    def __init__(
+        self,
+        adapter: VisionAdapter,
+        policy: Reduction,
+        attachment: Attachment,
+        layers: int | None = None,
+        grades: Callable[[int, Tokens, Tensor], dict[str, Tensor]] | None = None,
+    ):
+        self.adapter, self.policy, self.attachment, self.grades = adapter, policy, attachment, grades
         self.layers = adapter.depth if layers is None else layers
         self.ended: tuple[Tokens, Tensor] | None = None
         self.usual = adapter.config._attn_implementation or "eager"
-        self.name = f"pertoken_reducing_{next(_numbers)}"
+        self.name = f"{NAME}_{next(_numbers)}"
         self.tokens: Tokens | None = None
         self.patches = 0
         self.made: tuple[Tensor, Tensor, float] | None = None
+        if self.usual.startswith(NAME):
+            raise BadRequest(
+                "a policy that is attached to a larger model already reduces the tokens of this encoder; end that first"
+            )
         if self.usual not in MASKED:
             raise BadRequest(
                 f"attention {self.usual!r} takes no mask that is added to scores, which merged tokens need; load the "
@@ -203,8 +214,9 @@ class Reducing:
                 hidden = self.adapter.feed(index, self.reduce(index, hidden))
             else:
                 hidden = forward(hidden, None, *args, **{k: v for k, v in kwargs.items() if k != "attention_mask"})
+                signals = self.grades(index, self.tokens, hidden) if self.grades is not None else {}
                 if acts:
-                    hidden = self.reduce(index, hidden)
+                    hidden = self.reduce(index, hidden, signals)
             return self.layer_done(index, hidden)
 
         return run
@@ -219,7 +231,7 @@ class Reducing:
         self.tokens = Tokens.of(hidden, self.adapter.prefix)
         self.patches = self.attachment.state[PATCHES] = hidden.shape[1] - self.adapter.prefix
 
-    def reduce(self, index: int, hidden: Tensor) -> Tensor:
+    def reduce(self, index: int, hidden: Tensor, signals: dict[str, Tensor] | None = None) -> Tensor:
         """Hidden states after the policy's decision at this layer."""
         tokens = self.tokens
         assert tokens is not None
@@ -227,6 +239,7 @@ class Reducing:
         view = TokenView(
             valid=tokens.valid,
             layers=self.layers,
+            signals=signals or {},
             index=index,
             patches=self.patches,
             tokens=tokens,
