@@ -177,5 +177,5 @@ class Commit(Decision):
         return self.valid.sum(-1)
 
 
-SOURCES = ("model", "ngram", "exit")
+SOURCES = ("model", "ngram", "exit", "grammar")
 KINDS: dict[str, type[Decision]] = {c.kind: c for c in (Keep, Assign, Depth, Weight, Select, Commit)}

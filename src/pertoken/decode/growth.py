@@ -6,6 +6,10 @@ its distribution, and opens two places: the next sibling and the first child. A 
 read yet is *unread*: its value is known before its distribution, so the model runs only for places that are taken, and
 for several of them in one forward. Whether to draw is decided from values alone, never from the token that would come:
 every drawn token stays (what keeps rejection sampling exact).
+
+Under a grammar (`guide`), a place where only one token may come gets that one, at no loss, and distributions are
+limited to what may come: the drawn children are then samples of the limited distribution, which is the law that they
+are verified with.
 """
 
 from __future__ import annotations
@@ -22,6 +26,8 @@ import torch
 from torch import Tensor
 
 from pertoken.decode.drafter import ModelDrafter, Place
+from pertoken.decode.grammar.processor import GrammarProcessor
+from pertoken.decode.grammar.provider import TokenMask
 from pertoken.decode.ngram import NGramIndex, Trust
 from pertoken.decode.request import Row
 from pertoken.decode.tree import ROOT, Tree
@@ -29,7 +35,7 @@ from pertoken.models.timing import StepTime
 
 SIBLINGS = 32  # draws prepared per node; a node never gets more children
 HOPE = 0.8  # tokens expected per reached place before its distribution is known, for the economy only
-MODEL, NGRAM = 0, 1
+MODEL, NGRAM, GRAMMAR = 0, 1, 3  # of core.decision.SOURCES
 
 
 class Shape(ABC):
@@ -156,6 +162,7 @@ class Growth:
         floor: float = 0.0,
         economy: Economy | None = None,
     ):
+        self.guide: GrammarProcessor | None = None
         self.shape, self.drafter, self.temperature, self.sample = shape, drafter, temperature, sample
         self.sampler = "gumbel" if sample else "top"
         self.ngrams, self.trust, self.floor, self.economy = ngrams, trust or Trust(), floor, economy
@@ -185,6 +192,7 @@ class _Step:
         self.taken: list[dict[int, int]] = [{} for _ in rows]
         self.taken_chance: list[dict[int, float]] = [{} for _ in rows]
         self.heaps: list[list[_Entry]] = [[] for _ in rows]
+        self.states: list[dict[int, TokenMask | None]] = [{} for _ in rows]
         self.numbers = itertools.count()
         self.gained, self.block, self.widest = float(count), float(count), 0
         self.plain = growth.economy.step(count) if growth.economy is not None else 0.0
@@ -227,13 +235,25 @@ class _Step:
     def _open(self, row: int, node: int, reach: float, depth: int, suffix: list[int], guessing: bool = True) -> None:
         """Open the places below a new node (or the root), an n-gram guess first if there is one to trust."""
         tree, rules = self.trees[row], self.rules
+        if rules.guide is not None:
+            state = self._state(row, node)
+            if state is None or state.finished:
+                return
+            forced = rules.guide.forced(state)
+            if forced is not None:
+                if depth < self.rooms[row] and len(tree) < rules.shape.size:
+                    self._count(row, reach)
+                    child = tree.add(forced, node, reach, GRAMMAR, sure=True)
+                    self._open(row, child, reach, depth + 1, [*suffix, forced], guessing)
+                return
         if guessing and rules.ngrams is not None and depth < self.rooms[row] and len(tree) < rules.shape.size:
             index = rules.ngrams[row]
             guess = index.guess(tuple(suffix[-index.longest :]))
             if guess is not None:
                 token, length = guess
                 rate = rules.trust.rate(length)
-                if reach * rate >= rules.floor and self._pays(row, reach * rate):
+                fits = rules.guide is None or self._may(row, node, token)
+                if fits and reach * rate >= rules.floor and self._pays(row, reach * rate):
                     self._count(row, reach * rate)
                     child = tree.add(token, node, reach * rate, NGRAM, sure=True)
                     self.matches[row][child] = length
@@ -242,6 +262,23 @@ class _Step:
                     reach *= 1.0 - rate
         if rules.drafter is not None:
             self._push(row, node, reach, -1)
+
+    def _state(self, row: int, node: int) -> TokenMask | None:
+        """What the grammar knows at a node; None if the text up to there is not in it."""
+        known, guide = self.states[row], self.rules.guide
+        assert guide is not None
+        if node not in known:
+            if node == ROOT:
+                known[node] = guide.at(self.rows[row].number, self.rows[row].output)
+            else:
+                above = self._state(row, self.trees[row].parents[node])
+                known[node] = None if above is None else above.after(self.trees[row].tokens[node])
+        return known[node]
+
+    def _may(self, row: int, node: int, token: int) -> bool:
+        """Whether the grammar lets a token come behind a node."""
+        state = self._state(row, node)
+        return state is not None and state.after(token) is not None
 
     def _node_cost(self, row: int) -> float:
         """Seconds that one more node on this row adds to a step that has guesses."""
@@ -324,7 +361,11 @@ class _Step:
             return
         places = [(e.row, e.parent) for e in chosen]
         taken = [self.taken[row].get(node, -1) for row, node in places]
-        drawn, laws = draw(self._logits(places), rules.temperature, rules.sampler, min(size, SIBLINGS), taken)
+        logits = self._logits(places)
+        if rules.guide is not None:
+            logits = logits.float()
+            rules.guide.limit([self._state(row, node) for row, node in places], logits)
+        drawn, laws = draw(logits, rules.temperature, rules.sampler, min(size, SIBLINGS), taken)
         for index, (entry, draws) in enumerate(zip(chosen, drawn, strict=True)):
             self.draws[entry.row][entry.parent] = draws
             if rules.sample:

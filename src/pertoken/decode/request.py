@@ -25,6 +25,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from pertoken.core.errors import BadRequest
+from pertoken.decode.grammar.processor import GrammarProcessor
 from pertoken.models.adapter import Adapter
 
 WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
@@ -77,6 +78,7 @@ class Request:
     ):
         self.adapter, self.config, self.input_ids, self.streamer = adapter, config, input_ids, streamer
         self.processors = list(processors or ())
+        self.guide = next((p for p in self.processors if isinstance(p, GrammarProcessor)), None)
         self.sampling = bool(config.do_sample)
         self.width, self.device = input_ids.shape[1], input_ids.device
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask

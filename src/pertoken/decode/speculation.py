@@ -22,6 +22,7 @@ from transformers import GenerationConfig
 from pertoken.core.decision import Commit
 from pertoken.core.errors import BadRequest
 from pertoken.core.trace import Player, Recorded, TraceMismatch
+from pertoken.decode.growth import GRAMMAR
 from pertoken.decode.request import Request, Row, callers_streamer
 from pertoken.decode.tree import Tree, TreeBatch
 from pertoken.decode.verify import Choice, Greedy, Sampling, Visit, Walk, verify
@@ -37,12 +38,13 @@ class Stats:
     """Counts of the last call. steps: target forwards that committed tokens; forwards: these, and whole forwards of the
     target that a session ran itself; token_forwards: tokens read in them, without padding and the prompt; layer_loads:
     layers run, summed over forwards of the target's own layers (a draft through the first E layers counts E); seconds:
-    wall clock."""
+    wall clock; forced: accepted guesses that a grammar left no choice about, each a step that was not taken."""
 
     steps: int = 0
     tokens: int = 0
     drafted: int = 0
     accepted: int = 0
+    forced: int = 0
     row_steps: int = 0
     draft_calls: int = 0
     layer_loads: int = 0
@@ -276,6 +278,7 @@ def _count(stats: Stats, trees: Sequence[Tree], walks: Sequence[Walk], layers: i
     stats.row_steps += len(walks)
     stats.tokens += sum(len(walk.committed) for walk in walks)
     stats.accepted += sum(len(walk.path) for walk in walks)
+    stats.forced += sum(t.sources[node] == GRAMMAR for t, walk in zip(trees, walks, strict=True) for node in walk.path)
     stats.drafted += sum(map(len, trees))
 
 

@@ -75,7 +75,9 @@ class TreeDecoder(Speculation):
                     "texts, or lower max_new_tokens"
                 )
             drafter = ModelDrafter(stack, request.rows, shape.size)
-        return TreeSession(self.growth(shape, request, target, drafter), request)
+        growth = self.growth(shape, request, target, drafter)
+        growth.guide = request.guide
+        return TreeSession(growth, request)
 
     def _draft_stack(self, target: Context, scope: ExitStack) -> Stack:
         if isinstance(self.draft, Policy):
@@ -101,6 +103,13 @@ class SwitchedStack(ModuleStack):
         self.attachment.enabled = True
         try:
             return super().forward(*args, **kwargs)
+        finally:
+            self.attachment.enabled = False
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        self.attachment.enabled = True
+        try:
+            return super().logits(hidden)
         finally:
             self.attachment.enabled = False
 

@@ -22,6 +22,7 @@ MEANING = {
     "model": "accepted guess of the draft",
     "ngram": "accepted guess from earlier text (n-gram)",
     "exit": "accepted guess of the first layers",
+    "grammar": "forced by the grammar",
     CORRECTED: "the model's own token in place of a wrong guess",
     PLAIN: "the model's own token, with no guess in its place",
     UNKNOWN: "not recorded",

@@ -23,6 +23,7 @@ STYLES = {
     "model": "black on #9ecae9 underline",
     "ngram": "black on #f5d38a italic",
     "exit": "black on #a3d9c0 underline italic",
+    "grammar": "black on #d4b9da underline",
     "corrected": "bold #d55e00 underline",
     "plain": "",
     "unknown": "dim",

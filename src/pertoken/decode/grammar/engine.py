@@ -64,6 +64,8 @@ class Engine:
         self.pool = np.zeros((4, vocabulary.words), np.int32)
         self.found = np.zeros(vocabulary.size, np.int32)
         self.masks: dict[int, np.ndarray] = {}
+        self.forced: dict[int, list[int]] = {}
+        self.single: dict[int, int | None] = {}
         self.base: list[int] = []
         self.matchers: weakref.WeakSet[Any] = weakref.WeakSet()
         if self.tables.view(PATH).size <= vocabulary.longest:
@@ -119,6 +121,15 @@ class Engine:
                 self.masks.clear()
             self.masks[parse] = mask
         return mask
+
+    def only_token(self, parse: int) -> int | None:
+        """The token that must come next, an end of text included, or None if there is a choice."""
+        if parse not in self.single:
+            mask = self.mask(parse)
+            words = np.flatnonzero(mask)
+            word = int(mask[words[0]]) & 0xFFFFFFFF if len(words) == 1 else 0
+            self.single[parse] = None if word & (word - 1) or not word else int(words[0]) * 32 + word.bit_length() - 1
+        return self.single[parse]
 
     def only_byte(self, parse: int) -> int:
         """The byte that must come next, or -1 if there is a choice."""

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from pertoken.core.errors import BadRequest
-from pertoken.decode.grammar.provider import TokenMask
+from pertoken.decode.grammar.provider import TokenMask, bits, new_bitmask
 from pertoken.decode.grammar.vocabulary import Vocabulary
 
 
@@ -75,6 +75,14 @@ class LLGuidance(TokenMask):
 
     def forced(self) -> list[int]:
         return [] if self.ended else list(self.inner.compute_ff_tokens())
+
+    def only(self) -> int | None:
+        if self.ended:
+            return None
+        mask = new_bitmask(1, self.vocabulary.size)
+        self.fill(mask)
+        allowed = np.flatnonzero(bits(mask[0], self.vocabulary.size))
+        return int(allowed[0]) if len(allowed) == 1 else None
 
     @property
     def finished(self) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 
 from pertoken.core.errors import BadRequest
 from pertoken.decode.grammar.engine import Engine
-from pertoken.decode.grammar.provider import TokenMask, bits
+from pertoken.decode.grammar.provider import TokenMask
 
 
 class Matcher(TokenMask):
@@ -80,10 +80,18 @@ class Matcher(TokenMask):
         if self.ended:
             return []
         if vocabulary.encode is None:
-            allowed = np.flatnonzero(bits(self.mask, vocabulary.size))
-            return allowed.tolist() if len(allowed) == 1 else []
-        data, parse = engine.forced_bytes(self.parses[-1])
-        return canonical(engine, data, parse)
+            single = self.only()
+            return [] if single is None else [single]
+        found = engine.forced.get(self.parses[-1])
+        if found is None:
+            data, parse = engine.forced_bytes(self.parses[-1])
+            found = engine.forced[self.parses[-1]] = canonical(engine, data, parse)
+        return found.copy()
+
+    def only(self) -> int | None:
+        if self.ended:
+            return None
+        return self.engine.only_token(self.parses[-1])
 
 
 def canonical(engine: Engine, data: bytes, parse: int) -> list[int]:

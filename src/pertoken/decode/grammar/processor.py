@@ -2,12 +2,13 @@
 
 The processor is given whole rows of ids each time, and rows may have moved (beams) or lost their ends (drafts that were
 not accepted). It keeps one matcher per row with the ids that it has read, and brings the one with the longest common
-beginning up to date: back by what differs, then on.
+beginning up to date: back by what differs, then on. The decoders of this package also ask it ahead of the model: which
+tokens a text may go on with, and which one it must.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from pertoken.core.errors import BadRequest
-from pertoken.decode.grammar.provider import TokenMask, bits, new_bitmask
+from pertoken.decode.grammar.apply import forbid
+from pertoken.decode.grammar.provider import TokenMask, new_bitmask
 
 
 class GrammarProcessor(LogitsProcessor):
@@ -24,10 +26,13 @@ class GrammarProcessor(LogitsProcessor):
     start: makes a matcher for a new text; size: tokens of the vocabulary, scores of ids beyond are forbidden. The text
     begins behind the ids of the first call (the prompt). A row that has left the grammar (a draft token that will be
     refused, padding behind a finished text) is left as it is.
+    canonical: where the grammar leaves no choice of text, allow only the token with which the tokenizer itself would
+    begin it. The model then cannot spell a forced text in pieces that it never saw in training, and decoders skip such
+    tokens. Another constraint than without it, but the same for every decoder.
     """
 
-    def __init__(self, start: Callable[[], TokenMask], size: int):
-        self.start, self.size = start, size
+    def __init__(self, start: Callable[[], TokenMask], size: int, canonical: bool = False):
+        self.start, self.size, self.canonical = start, size, canonical
         self.prompt: int | None = None
         self.rows: list[tuple[list[int], TokenMask]] = []
 
@@ -42,19 +47,40 @@ class GrammarProcessor(LogitsProcessor):
         texts = input_ids[:, self.prompt :].tolist()
         rows = [self._state(row, text) for row, text in enumerate(texts)]
         self.rows = [(text[: len(text) - lost], matcher) for text, (matcher, lost) in zip(texts, rows, strict=True)]
-        masks = new_bitmask(len(rows), self.size)
-        for row, (matcher, lost) in enumerate(rows):
-            if lost or matcher.finished:
-                masks[row] = -1
-                continue
-            try:
-                matcher.fill(masks, row)
-            except BadRequest as error:
-                raise BadRequest(f"row {row}, after {len(texts[row])} tokens: {error}") from error
-        allowed = torch.from_numpy(bits(masks, self.size)).to(scores.device)
-        if scores.shape[-1] > self.size:
-            allowed = torch.nn.functional.pad(allowed, (0, scores.shape[-1] - self.size))
-        return scores.masked_fill_(~allowed, -torch.inf)
+        states = [None if lost or matcher.finished else matcher for matcher, lost in rows]
+        for row, state in enumerate(states):
+            if state is not None:
+                self._apply(state, scores[row], f"row {row}, after {len(texts[row])} tokens")
+        return scores
+
+    def at(self, row: int, text: list[int]) -> TokenMask | None:
+        """The state of a row whose output so far is `text`; None if it has left the grammar or ended."""
+        matcher, lost = self._state(row, text)
+        return None if lost or matcher.finished else matcher
+
+    def forced(self, state: TokenMask) -> int | None:
+        """The one token that may come next, if there is but one."""
+        found = state.forced() if self.canonical else []
+        return found[0] if found else state.only()
+
+    def limit(self, states: Sequence[TokenMask | None], scores: Tensor) -> None:
+        """Forbid in scores `[place, vocabulary]`, in place, what may not come next; None leaves a place as it is."""
+        for place, state in enumerate(states):
+            if state is not None and not state.finished:
+                self._apply(state, scores[place], f"place {place}")
+
+    def _apply(self, state: TokenMask, scores: Tensor, where: str) -> None:
+        if self.canonical and (found := state.forced()):
+            kept = scores[found[0]].clone()
+            scores.fill_(-torch.inf)
+            scores[found[0]] = kept
+            return
+        mask = new_bitmask(1, self.size)
+        try:
+            state.fill(mask, 0)
+        except BadRequest as error:
+            raise BadRequest(f"{where}: {error}") from error
+        forbid(scores, mask[0], self.size)
 
     def _state(self, row: int, text: list[int]) -> tuple[TokenMask, int]:
         """A matcher that has read `text` as far as the grammar allows, and how many of its ids it has not."""

@@ -38,6 +38,15 @@ class TokenMask(ABC):
         """Tokens that must come next, in the tokenizer's own tokenisation; empty if there is a choice. Not accepted
         yet."""
 
+    @abstractmethod
+    def only(self) -> int | None:
+        """The token that must come next, if the mask allows but one."""
+
+    def after(self, token: int) -> TokenMask | None:
+        """A copy that has read a token; None if it may not come here."""
+        twin = self.fork()
+        return twin if twin.accept(token) else None
+
     @property
     @abstractmethod
     def finished(self) -> bool:
