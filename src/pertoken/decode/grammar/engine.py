@@ -83,11 +83,11 @@ class Engine:
         root = self.builder.numbers[grammar.root]
         if self.base[root] < 0:
             self._load(root, self.builder.build(self.builder.rules[grammar.root]))
-        self.start = self._run(lambda block: kernels.first_parse(block, root, empty))
+        self.start = self.run(lambda block: kernels.first_parse(block, root, empty))
 
     def read(self, parse: int, token: int) -> int:
         """Parse after a token, or -1."""
-        return self._run(lambda block: kernels.read(block, self.trie, parse, token))
+        return self.run(lambda block: kernels.read(block, self.trie, parse, token))
 
     def read_bytes(self, parse: int, data: bytes) -> tuple[int, int]:
         """Parse after bytes (or -1), and how many were read before that."""
@@ -108,7 +108,7 @@ class Engine:
         mask = self.masks.get(parse)
         if mask is None:
             mask = np.empty(self.vocabulary.words, np.int32)
-            self._run(lambda block: kernels.fill(block, self.trie, self.pool, parse, mask, self.found))
+            self.run(lambda block: kernels.fill(block, self.trie, self.pool, parse, mask, self.found))
             if self.ends(parse):
                 for end in self.vocabulary.ends:
                     mask[end >> 5] |= np.int32(np.uint32(1 << (end & 31)).view(np.int32))
@@ -133,7 +133,7 @@ class Engine:
 
     def only_byte(self, parse: int) -> int:
         """The byte that must come next, or -1 if there is a choice."""
-        return self._run(lambda block: kernels.only_byte(block, parse))
+        return self.run(lambda block: kernels.only_byte(block, parse))
 
     def forced_bytes(self, parse: int, most: int = 4096) -> tuple[bytes, int]:
         """What must come next, as long as there is no choice, and the parse after it."""
@@ -159,7 +159,7 @@ class Engine:
             node = int(afters[node])
         return False
 
-    def _run(self, kernel: Any) -> int:
+    def run(self, kernel: Any) -> int:
         """Call a kernel until it has what it needs."""
         while True:
             result = kernel(self.tables.block)
@@ -201,7 +201,7 @@ class Engine:
         key = (self.grammar.keys[self.builder.names[rule]], states.tobytes())
         known = self.vocabulary.shared.get(key)
         if known is None:
-            entry = self._run(lambda block: kernels.make_entry(block, self.trie, self.pool, place, self.found))
+            entry = self.run(lambda block: kernels.make_entry(block, self.trie, self.pool, place, self.found))
             start, count, exits, leaving = self.tables.view(ENTRY)[4 * entry : 4 * entry + 4].tolist()
             tokens = self.tables.view(TOKENS)[start : start + count] if start >= 0 else self.pool[~start]
             self.vocabulary.shared[key] = (start < 0, tokens.copy(), self.tables.view(EXITS)[exits:][:leaving].copy())
@@ -260,4 +260,4 @@ class Engine:
             block[block[WORK]] = base
             return intern_place(block, 1, rule)
 
-        self.tables.view(RULE)[4 * rule : 4 * rule + 2] = [self._run(first_place), base]
+        self.tables.view(RULE)[4 * rule : 4 * rule + 2] = [self.run(first_place), base]
