@@ -2,15 +2,15 @@
 
 A context of `zoo.recall` is read by dense attention, row by row. Each of its questions is then asked by itself, all of
 a row as a batch on copies of its cache, token by token with a policy attached, so that policies differ in what the
-question and its answer read and in nothing else. Two kinds cannot share that: H2O weighs the whole context itself, and
-SnapKV evicts when it has read the end of the context and the question, as one chunk. Policies with compact positions
-read the context themselves.
+question and its answer read and in nothing else. Three kinds cannot share all of that. H2O weighs the whole context
+itself. SnapKV evicts when it has read the end of the context, and is asked then; with the question in hand it evicts
+when it has read the end of the context and the question as one chunk, which serves that one question only. Policies
+with compact positions read the context themselves.
 """
 
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -31,6 +31,7 @@ from pertoken.attend.tokenselect import TokenSelect
 from pertoken.bench.claims import Bench
 from pertoken.core.attach import attach
 from pertoken.core.budget import Budget
+from pertoken.core.cost import timed
 from pertoken.core.policy import Policy, View
 from pertoken.zoo import recall
 
@@ -58,6 +59,7 @@ EVICTING: dict[str, Made] = {
     "h2o": lambda keys, seed: H2O(Budget(tokens=keys)),
     "snapkv": lambda keys, seed: SnapKV(Budget(tokens=keys)),
 }
+IN_HAND = "snapkv, question in hand"
 AT_EQUAL_KEYS = SELECTING | EVICTING
 
 
@@ -110,15 +112,15 @@ def rows_and_questions(bench: Bench, length: int) -> tuple[int, int]:
     """How many contexts, and questions in each."""
     if bench.quick:
         return 1, 4
-    return (4, 16) if length <= 2 * SHORT else (3, 16)
+    return (4, 16) if length <= 2 * SHORT else (2, 16)
 
 
-def contexts(bench: Bench, task: str, length: int, policy: Policy | None = None, name: str = MODEL) -> Contexts:
+def contexts(bench: Bench, task: str, length: int, policy: Policy | None = None) -> Contexts:
     """Contexts of about `length` tokens, read with a policy attached or by dense attention."""
     rows, questions = rows_and_questions(bench, length)
 
     def make() -> Contexts:
-        model, tokenizer = loaded(bench, name)
+        model, tokenizer = loaded(bench)
         made = recall.recall(tokenizer)
         found = made.rows(task, length, rows, seed=bench.seed + 1, questions=questions)
         size = made.size(task)
@@ -133,18 +135,24 @@ def contexts(bench: Bench, task: str, length: int, policy: Policy | None = None,
             caches.append(out.past_key_values)
         return Contexts(found.ids[:, :at], asked, before, tuple(caches))
 
-    return bench.shared(("contexts", name, task, length, policy), make)
+    return bench.shared(("contexts", task, length, policy), make)
 
 
-def ask(bench: Bench, policy: Policy | None, length: int, tasks: tuple[str, ...] = TASKS, name: str = MODEL) -> Asked:
+def ask(
+    bench: Bench,
+    policy: Policy | None,
+    length: int,
+    tasks: tuple[str, ...] = TASKS,
+    in_hand: bool = False,
+) -> Asked:
     """All questions of contexts of a length, with a policy attached while they are asked; greedy, each token of an
-    answer behind the right ones before it."""
+    answer behind the right ones before it. in_hand: SnapKV evicts when it has read the question."""
 
     def make() -> Asked:
         found, masses = Asked(), []
-        model = loaded(bench, name)[0]
+        model = loaded(bench)[0]
         for task in tasks:
-            about = contexts(bench, task, length, reading(policy), name)
+            about = contexts(bench, task, length, reading(policy))
             bench.status(f"{task}, {length} tokens: questions, {type(policy).__name__ if policy else 'dense'}")
             right = []
             for row, cache in enumerate(about.caches):
@@ -152,13 +160,14 @@ def ask(bench: Bench, policy: Policy | None, length: int, tasks: tuple[str, ...]
                     attach(model, policy) if policy is not None else nullcontext() as attached,
                     noted(attached) as seen,
                 ):
-                    right.append(answered(model, about, row, copied(cache, len(about.questions[row])), policy))
+                    copies = copied(cache, len(about.questions[row]))
+                    right.append(answered(model, about, row, copies, policy, in_hand))
                 masses += seen
             found.right[task] = torch.stack(right)
         found.mass = mean(masses) if masses else None
         return found
 
-    return bench.shared(("asked", name, policy, length, tasks), make)
+    return bench.shared(("asked", policy, length, tasks, in_hand), make)
 
 
 def reading(policy: Policy | None) -> Policy | None:
@@ -176,15 +185,17 @@ def copied(cache: DynamicCache, rows: int) -> DynamicCache:
 
 
 @torch.inference_mode()
-def answered(model: Any, about: Contexts, row: int, cache: DynamicCache, policy: Policy | None) -> Tensor:
+def answered(
+    model: Any, about: Contexts, row: int, cache: DynamicCache, policy: Policy | None, in_hand: bool = False
+) -> Tensor:
     """`[question]` bool: which of a row's questions are answered, every token of the answer."""
     asked, before = about.questions[row], about.before
-    at_once = policy.window - before if isinstance(policy, SnapKV) else 0
     steps = list(asked[:, : asked.shape[1] - 1].split(1, 1))
-    if at_once > 0:
-        cache.crop(-at_once)
-        again = about.ids[row, -at_once:].expand(len(asked), -1)
-        steps = [torch.cat([again, asked[:, :before]], 1), *steps[before:]]
+    if isinstance(policy, SnapKV):
+        with_it = before if in_hand else 0
+        cache.crop(with_it - policy.window)
+        again = about.ids[row, with_it - policy.window :].expand(len(asked), -1)
+        steps = [torch.cat([again, asked[:, :with_it]], 1), *steps[with_it:]]
     logits = []
     for ids in steps:
         out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -202,13 +213,10 @@ class Stepping:
     attached: Any = None
 
 
-@torch.inference_mode()
-def stepped(
-    bench: Bench, sides: dict[str, Policy | None], task: str, length: int, row: int = 0, name: str = MODEL
-) -> dict[str, Stepping]:
+def stepped(bench: Bench, sides: dict[str, Policy | None], task: str, length: int, row: int = 0) -> dict[str, Stepping]:
     """Each side on a copy of the model and of the cache of a context, all taking every step in turn."""
-    about = contexts(bench, task, length, None, name)
-    model, found, running = loaded(bench, name)[0], {}, {}
+    about = contexts(bench, task, length)
+    model, found, running = loaded(bench)[0], {}, {}
     with ExitStack() as stack:
         for side, policy in sides.items():
             own = copy.deepcopy(model)
@@ -221,9 +229,9 @@ def stepped(
             for place, token in enumerate(question):
                 answers = about.before - 1 <= place < len(question) - 1
                 for side, (own, cache) in running.items():
-                    start = time.perf_counter()
-                    out = own(input_ids=token.view(1, 1), past_key_values=cache, use_cache=True)
-                    found[side].seconds.append(time.perf_counter() - start)
+                    with timed() as cost, torch.inference_mode():
+                        out = own(input_ids=token.view(1, 1), past_key_values=cache, use_cache=True)
+                    found[side].seconds.append(cost.seconds)
                     if answers and int(out.logits[0, -1].argmax()) != int(question[place + 1]):
                         right[side] = False
             for side in sides:
@@ -243,7 +251,7 @@ def noted(attached: Any) -> Iterator[list[float]]:
     def watching(site: str, view: View) -> Any:
         decision = decide(site, view)
         if isinstance(view, KeyView):
-            seen.append(float(mass(view, decision.index).mean()))
+            seen.append(float(mass(view, decision.index)[:, :, view.runs.real.any(-1).all(0)].mean()))
         return decision
 
     attached.decide = watching
@@ -254,13 +262,16 @@ def noted(attached: Any) -> Iterator[list[float]]:
 
 
 def mass(view: KeyView, index: Tensor) -> Tensor:
-    """`[batch, heads]` share of dense attention that falls on the columns `index` `[batch, group, 1, chosen]`, -1 for
-    none, for one query per row; keys turned by their positions in the text."""
-    queries, keys = view.queries[:, :, 0, 0].float(), view.keys.float()
-    grouped = queries.unflatten(1, (keys.shape[1], -1))
-    scores = view.scale * torch.einsum("bghd,bgkd->bghk", grouped, keys)
-    law = scores.masked_fill(~view.runs.some[:, :, None], -torch.inf).softmax(-1)
-    chosen = index[:, :, 0].expand(-1, keys.shape[1], -1)
-    read = law.new_zeros(*law.shape[:2], law.shape[-1] + 1)  # the last column takes what is none
-    read.scatter_(-1, torch.where(chosen < 0, law.shape[-1], chosen), 1.0)
-    return (law * read[:, :, None, :-1]).sum(-1).flatten(1)
+    """`[batch, heads, run]` share of dense attention, the mean over the queries of a run, that falls on the columns
+    `index` `[batch, group, run, chosen]`, -1 for none; keys turned by their positions in the text."""
+    runs, count = view.runs, view.keys.shape[2]
+    everything = torch.arange(count, device=index.device).expand(len(index), 1, runs.count, -1)
+    seen = runs.sight.reads(runs.slots, everything)[:, :, None]  # [batch, 1, 1, run, query, key]
+    grouped = view.queries.float().unflatten(1, (view.keys.shape[1], -1))
+    scores = view.scale * torch.einsum("bghrqd,bgkd->bghrqk", grouped, view.keys.float())
+    law = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num()
+    chosen = index.expand(-1, view.keys.shape[1], -1, -1)
+    read = law.new_zeros(*chosen.shape[:3], count + 1)  # the last column takes what is none
+    read.scatter_(-1, torch.where(chosen < 0, count, chosen), 1.0)
+    kept = (law * read[:, :, None, :, None, :-1]).sum(-1).sum(-1)
+    return (kept / runs.real.sum(-1).clamp(min=1)[:, None, None]).flatten(1, 2)

@@ -12,9 +12,11 @@ def model_path(name: str) -> Path:
     path = WEIGHTS / name
     if not (path / "config.json").exists():
         from pertoken.zoo.recipe import FILTERS, RECIPES
+        from pertoken.zoo.scenes_models import SCENE_RECIPES
+        from pertoken.zoo.tunings import TUNINGS
 
-        if name in RECIPES or name in FILTERS:
-            where = f"runs/{name}/model" if name in RECIPES else f"runs/{name}"
+        if name in RECIPES | FILTERS | TUNINGS | SCENE_RECIPES:
+            where = f"runs/{name}/model" if name in RECIPES | SCENE_RECIPES else f"runs/{name}"
             raise ValueError(
                 f"zoo model {name!r} has no weights here; train it with `pertoken zoo train {name} --out runs` and "
                 f"give the directory {where} instead of zoo:{name}"

@@ -13,16 +13,17 @@ from pertoken.attend.dynamic_mask import DynamicMask
 from pertoken.core.attach import attach
 from pertoken.core.budget import Budget
 
-DENSE, MASK = "dense", "dynamic_mask"
+DENSE, MASK, WINDOW = "dense", "dynamic_mask", "window"
+LAYERS = (DENSE, MASK, WINDOW)
 
 
 def made(config: LlamaConfig, layers: str) -> LlamaForCausalLM:
     """An untrained model; with `layers` "dynamic_mask" it holds a `DynamicMask` of that name, trained with it."""
+    if layers not in LAYERS:
+        raise ValueError(f"layers={layers!r} is unknown; choose one of {', '.join(LAYERS)}")
     model = LlamaForCausalLM(config)
     if layers == MASK:
         model.add_module(MASK, DynamicMask.for_model(model, noise=0.02))
-    elif layers != DENSE:
-        raise ValueError(f"layers={layers!r} is unknown; choose {DENSE!r} or {MASK!r}")
     return model
 
 
@@ -33,12 +34,12 @@ def mask_of(model: LlamaForCausalLM) -> DynamicMask | None:
 
 
 @contextmanager
-def at_work(model: LlamaForCausalLM, budget: int) -> Iterator[None]:
-    """Within, the model runs as it will be used: with its dynamic mask, if it has one, at `budget` keys."""
-    if (mask := mask_of(model)) is None:
+def at_work(model: LlamaForCausalLM, layers: str, budget: int) -> Iterator[None]:
+    """Within, the model runs as it will be used: with its dynamic mask, or a window of the last keys, at `budget`."""
+    if layers == DENSE:
         yield
-    else:
-        with attach(model, DMA(Budget(tokens=budget), mask=mask), training=True):
+    else:  # without a mask of its own DMA has an untrained one, which is a window
+        with attach(model, DMA(Budget(tokens=budget), mask=mask_of(model)), training=True):
             yield
 
 

@@ -137,7 +137,19 @@ RECALL_LONG = replace(
     lr=4e-3,
     seed=RECALL.seed + 1,
 )
-"""Their second stage, from which they differ in their layers."""
+"""Their second stage."""
+ASSOCIATING = replace(
+    RECALL, steps=1200, length=512, lengths=((32, 0.2), (64, 0.35), (128, 0.5), (256, 0.75)), evaluate_every=300
+)
+"""Recall of short rows, by models that differ in their layers."""
+READING = Recipe(
+    Shape(layers=4, width=128, heads=4, kv_heads=2, ffn=256),
+    objective="causal",
+    steps=700,
+    batch=6,
+    evaluate_every=200,
+)
+"""Code, by models that differ in their layers."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +199,13 @@ class Zoo:
             ),
             "recall-base": RECALL,
             "recall": RECALL_LONG,
-            "recall-dma": replace(RECALL_LONG, layers="dynamic_mask", keys=256),
+            "recall-dma": replace(RECALL_LONG, start="recall", steps=600, lengths=(), layers="dynamic_mask", keys=256),
+            "associating": ASSOCIATING,
+            "associating-dma": replace(ASSOCIATING, layers="dynamic_mask", keys=64),
+            "associating-window": replace(ASSOCIATING, layers="window", keys=64),
+            "reading": READING,
+            "reading-dma": replace(READING, layers="dynamic_mask", keys=128),
+            "reading-window": replace(READING, layers="window", keys=128),
         }
     )
 

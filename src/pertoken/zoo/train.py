@@ -30,6 +30,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pertoken.zoo import corpus, layers, model_path
 from pertoken.zoo.answering import AnsweringTokens
+from pertoken.zoo.causal import Causal
 from pertoken.zoo.insertion import Insertion
 from pertoken.zoo.masked import MASK, MaskedTokens
 from pertoken.zoo.next_token import NextToken
@@ -41,6 +42,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "next_token": NextToken,
     "masked": MaskedTokens,
     "answering": AnsweringTokens,
+    "causal": Causal,
     "insertion": Insertion,
     "recall": RecallAnswers,
 }
@@ -255,7 +257,7 @@ class Run:
         whole = True  # False while only some of the weights have made the step
         with (
             Progress(*columns, console=console or Console(stderr=True)) as progress,
-            layers.at_work(self.model, recipe.keys),
+            layers.at_work(self.model, recipe.layers, recipe.keys),
         ):
             task = progress.add_task(self.name, total=end, completed=self.step)
             batches = self.batches()

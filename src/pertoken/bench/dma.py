@@ -1,0 +1,268 @@
+"""Claims of DMA: causal in every mode, what training it is worth on code and on recall, and when it is faster."""
+
+from __future__ import annotations
+
+from statistics import mean, median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pertoken.attend.dma import DMA
+from pertoken.attend.dynamic_mask import FORMS, DynamicMask
+from pertoken.attend.random_keys import RandomKeys
+from pertoken.attend.sink_window import SinkWindow
+from pertoken.bench import key_tasks, suite
+from pertoken.bench.claims import Bench, Measurement, claim
+from pertoken.bench.dhsa import rows
+from pertoken.bench.tokenselect import logits
+from pertoken.core.attach import attach
+from pertoken.core.budget import Budget
+from pertoken.core.cost import timed
+from pertoken.core.policy import Policy
+from pertoken.zoo import recall
+from pertoken.zoo.recipe import RECIPES
+
+KINDS = ("dense", "dma", "window")
+
+
+@claim(
+    "dma",
+    claim="With A = 0 and all in the budget it is dense attention, token by token it is the whole, and a ragged batch "
+    "is each row alone",
+    metric="largest difference of logits over their largest size (three families, fp32)",
+    expected="<= 1e-5",
+    compare="value",
+)
+def exact(bench: Bench) -> Measurement:
+    found, generator = {}, torch.Generator().manual_seed(bench.seed)
+    for family in ("llama", "qwen3", "gemma"):
+        model = suite.tiny(family, 3, 1)
+        ids = torch.randint(1, 211, (2, 40), generator=generator)
+        some, silent = DMA.for_model(model, noise=1.0, budget=Budget(tokens=8), run=8), DMA(Budget(tokens=40))
+        dense, whole = logits(model, ids, None), logits(model, ids, some)
+        mask = torch.stack([torch.arange(40) >= 40 - n for n in (40, 29)]).long()
+        ragged = logits(model, ids, some, mask)
+        alone = [logits(model, ids[:1], some)[0], logits(model, ids[1:, 11:], some)[0]]
+        gaps = {
+            "silent": logits(model, ids, silent) - dense,
+            "token by token": logits(model, ids, some, chunk=1) - whole,
+            "ragged": torch.cat([ragged[0] - alone[0], ragged[1, 11:] - alone[1]]),
+        }
+        found[family] = {name: float(gap.abs().max() / dense.abs().max()) for name, gap in gaps.items()}
+    worst = max(value for one in found.values() for value in one.values())
+    return Measurement(worst, "dense", 0.0, 3 * len(found), found)
+
+
+@claim(
+    "dma",
+    claim="A changed token changes no earlier logit by a single bit: both forms, with and without a mask, reading and "
+    "training",
+    metric="earlier logits that differ",
+    expected="== 0",
+    compare="value",
+)
+def causal(bench: Bench) -> Measurement:
+    model, found = suite.tiny("llama", 3, 1), {}
+    ids = torch.randint(1, 211, (2, 40), generator=torch.Generator().manual_seed(bench.seed))
+    other, at = ids.clone(), 29
+    other[:, at] = (ids[:, at] + 1) % 211
+    masks = {"none": None, "padding": torch.stack([torch.arange(40) >= n for n in (0, 7)]).long()}
+    for form in FORMS:
+        policy = DMA.for_model(model, noise=1.0, form=form, budget=Budget(tokens=8), run=8)
+        for name, mask in masks.items():
+            for training in (False, True):
+                with attach(model, policy), torch.set_grad_enabled(training):
+                    one, two = (model(input_ids=x, attention_mask=mask, use_cache=False).logits for x in (ids, other))
+                assert not torch.equal(one[:, at:], two[:, at:])
+                found[f"{form}, mask {name}, {'training' if training else 'reading'}"] = int(
+                    (one[:, :at] != two[:, :at]).sum()
+                )
+    return Measurement(float(sum(found.values())), "none", 0.0, len(found), found)
+
+
+def small(bench: Bench, task: str, kind: str) -> tuple[Any, Policy | None]:
+    """A small model, and what it was trained with; trained now if it was not yet."""
+
+    def make() -> tuple[Any, Policy | None]:
+        from transformers import LlamaForCausalLM
+
+        from pertoken.zoo.on_demand import trained
+
+        name = task if kind == "dense" else f"{task}-{kind}"
+        bench.status(f"training {name}, if it is not in the cache")
+        path = trained(name)
+        model = LlamaForCausalLM.from_pretrained(path, local_files_only=True, dtype=torch.float32).eval()
+        if kind == "dense":
+            return model, None
+        mask = DynamicMask.load(path) if kind == "dma" else None
+        return model, DMA(Budget(tokens=RECIPES[name].keys), mask=mask)
+
+    return bench.shared(("small", task, kind), make)
+
+
+@torch.inference_mode()
+def code_loss(bench: Bench, kind: str, policy: Policy | None = None) -> float:
+    """Nats per token of held-out code, rows of 512; policy: in place of what the model was trained with."""
+    model, own = small(bench, "reading", kind)
+    ids, policy = rows(bench, "heldout", 8 if bench.quick else 48), policy or own
+    return mean(
+        float(F.cross_entropy(logits(model, part, policy)[:, :-1].flatten(0, 1), part[:, 1:].flatten()))
+        for part in ids.split(8)
+    )
+
+
+@claim(
+    "dma",
+    claim="Trained from the start with 128 of 512 keys, it predicts code at most 2 % worse than its dense twin",
+    metric="nats per token (equal steps)",
+    expected="<= 1.02",
+    shown=True,
+)
+def as_good_as_dense(bench: Bench) -> Measurement:
+    found = {kind: code_loss(bench, kind) for kind in KINDS}
+    return Measurement(found["dma"], "dense twin", found["dense"], 48, found)
+
+
+@claim(
+    "dma",
+    claim="It predicts code no worse than a twin trained with a window of as many keys",
+    metric="nats per token (equal steps)",
+    expected="<= 1",
+)
+def above_window_on_code(bench: Bench) -> Measurement:
+    found = {kind: code_loss(bench, kind) for kind in KINDS}
+    return Measurement(found["dma"], "window twin", found["window"], 48, found)
+
+
+@claim(
+    "dma",
+    claim="Keys chosen by the trained score predict code better than as many random keys in the same model",
+    metric="nats per token",
+    expected="< 1",
+)
+def above_random(bench: Bench) -> Measurement:
+    keys = RECIPES["reading-dma"].keys
+    spread: dict[str, Any] = {"sinks": 0, "recent": 1, "run": 1}
+    control = code_loss(bench, "dma", RandomKeys(Budget(tokens=keys), seed=bench.seed, **spread))
+    window = code_loss(bench, "dma", SinkWindow(Budget(tokens=0), sinks=0, recent=keys + 1, run=1))
+    untrained = code_loss(
+        bench, "dense", DMA.for_model(small(bench, "reading", "dense")[0], budget=Budget(tokens=keys))
+    )
+    told = {"window, same model": window, "an untrained score on the dense twin": untrained}
+    return Measurement(code_loss(bench, "dma"), "random_keys", control, 48, told)
+
+
+@torch.inference_mode()
+def associated(bench: Bench, kind: str, policy: Policy | None = None, length: int = 512) -> dict[str, float]:
+    """Share of questions answered by task, each token behind the right ones before it."""
+    model, own = small(bench, "associating", kind)
+    made = recall.recall(key_tasks.loaded(bench, "code-target")[1])
+    policy = policy or own
+
+    def predict(ids: Tensor, positions: Tensor) -> Tensor:
+        return logits(model, ids, policy)[:, positions].argmax(-1)
+
+    count = 8 if bench.quick else 32
+    found = recall.accuracies(predict, made, lengths=[length], rows=count, pairs=32, questions=8)
+    return {one["task"]: one["accuracy"] for one in found}
+
+
+@claim(
+    "dma",
+    claim="On associative recall of 32 pairs in 512 tokens it answers more than its dense twin and its window twin "
+    "reading as many keys",
+    metric="share of questions answered (64 keys)",
+    expected="> 1",
+)
+def recalls(bench: Bench) -> Measurement:
+    keys = RECIPES["associating-dma"].keys
+    window = SinkWindow(Budget(tokens=0), sinks=0, recent=keys + 1, run=1)
+    found = {
+        "dma": associated(bench, "dma"),
+        "window twin": associated(bench, "window"),
+        "dense twin with a window": associated(bench, "dense", window),
+        "dense twin, all keys": associated(bench, "dense"),
+        "dma with random keys": associated(
+            bench, "dma", RandomKeys(Budget(tokens=keys), sinks=0, recent=1, run=1, seed=bench.seed)
+        ),
+    }
+    rival = max(("window twin", "dense twin with a window"), key=lambda name: found[name]["pairs"])
+    return Measurement(found["dma"]["pairs"], rival, found[rival]["pairs"], 256, {"by task": found})
+
+
+@claim(
+    "dma",
+    claim="A recall model that went on training with 256 of 2k keys answers more than before reading as many keys by a "
+    "window or by random choice",
+    metric="share of questions answered (2k tokens, 256 keys)",
+    expected="> 1",
+)
+def retrofitted(bench: Bench) -> Measurement:
+    model, tokenizer = key_tasks.loaded(bench, "recall-dma")
+    made, keys = recall.recall(tokenizer), RECIPES["recall-dma"].keys
+    policies: dict[str, tuple[Any, Policy | None]] = {
+        "dma": (model, DMA(Budget(tokens=keys), mask="zoo:recall-dma")),
+        "all keys with its scores": (model, DMA(Budget(fraction=1.0), mask="zoo:recall-dma")),
+        "before, all keys": (key_tasks.loaded(bench)[0], None),
+        "before, window": (key_tasks.loaded(bench)[0], SinkWindow(Budget(tokens=0), sinks=4, recent=keys - 3, run=1)),
+        "before, random keys": (
+            key_tasks.loaded(bench)[0],
+            RandomKeys(Budget(tokens=keys), sinks=4, recent=1, run=1, seed=bench.seed),
+        ),
+    }
+    found: dict[str, dict[str, float]] = {}
+    for name, (own, policy) in policies.items():
+        bench.status(f"2k tokens: {name}")
+
+        def predict(ids: Tensor, positions: Tensor, own: Any = own, policy: Policy | None = policy) -> Tensor:
+            return torch.cat([logits(own, row, policy)[:, positions].argmax(-1) for row in ids.split(1)])
+
+        scored = recall.accuracies(predict, made, lengths=[2048], rows=2 if bench.quick else 6, questions=8)
+        found[name] = {one["task"]: one["accuracy"] for one in scored}
+    average = {name: mean(one.values()) for name, one in found.items()}
+    rival = max(("before, window", "before, random keys"), key=average.__getitem__)
+    return Measurement(average["dma"], rival, average[rival], 144, {"by task": found})
+
+
+@claim(
+    "dma",
+    claim="From 4 times as many keys as it reads on, a decoding step is faster than with dense SDPA",
+    metric="shortest context in multiples of the 2048 keys read, of 2, 4, 8, 16, from which on it is faster",
+    expected="<= 4",
+    compare="value",
+)
+def faster_from(bench: Bench) -> Measurement:
+    budget, multiples = (256 if bench.quick else 2048), (2, 4, 8, 16)
+    model = key_tasks.loaded(bench)[0]
+    policy = DMA.for_model(model, noise=1.0, budget=Budget(tokens=budget))
+    ratios = {}
+    for times in multiples:
+        steps: dict[str, list[float]] = {}
+        ids = rows(bench, "train", 10**6).flatten()[: times * budget + 24][None]
+        for name, own in {"dense": None, "dma": policy}.items():
+            steps[name] = stepping(model, ids, own, times * budget)
+        ratios[times] = median(a / b for a, b in zip(steps["dense"], steps["dma"], strict=True))
+    good = [n for i, n in enumerate(multiples) if all(ratios[m] > 1 for m in multiples[i:])]
+    value = float(good[0]) if good else float("inf")
+    told = {"keys read": budget, "speed over dense by multiple": ratios}
+    return Measurement(value, "multiple", 4.0, 20, told)
+
+
+@torch.inference_mode()
+def stepping(model: Any, ids: Tensor, policy: Policy | None, before: int) -> list[float]:
+    """Seconds of each of 20 steps behind `before` tokens that dense attention has read."""
+    cache, seconds = model(input_ids=ids[:, :before], use_cache=True, logits_to_keep=1).past_key_values, []
+
+    def run() -> list[float]:
+        for at in range(before, before + 24):
+            with timed() as cost:
+                model(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True)
+            seconds.append(cost.seconds)
+        return seconds[4:]
+
+    if policy is None:
+        return run()
+    with attach(model, policy):
+        return run()

@@ -1,0 +1,15 @@
+"""Everything that is trained beside a zoo model and leaves its weights alone, by name."""
+
+from __future__ import annotations
+
+from pertoken.zoo.skipping import Skipping
+from pertoken.zoo.stopping import Stopping
+from pertoken.zoo.tuning import Tuning
+
+TUNINGS: dict[str, Tuning] = {
+    "code-skip": Skipping(steps=150),
+    "code-skip-random": Skipping(steps=150, schedule="random"),
+    "code-skip-full": Skipping(steps=150, schedule="full"),
+    "code-stop": Stopping(steps=150),
+    "code-stop-heads": Stopping(steps=400, head_steps=250, own_heads=True, layers=(3, 6, 9)),
+}
