@@ -233,6 +233,10 @@ def run(
     language: Annotated[
         str | None, typer.Option(help="What is written, for methods that parse it.", rich_help_panel=CANVAS)
     ] = None,
+    grammar: Annotated[
+        Path | None, typer.Option(help="Keep texts in this grammar: a .gbnf, .lark or .regex file.")
+    ] = None,
+    json_schema: Annotated[Path | None, typer.Option(help="Keep texts valid by this JSON Schema.")] = None,
     as_json: AsJson = False,
     html: Html = None,
     trace: Annotated[Path | None, typer.Option(help="Save what every token got; read it with `trace`.")] = None,
@@ -244,6 +248,8 @@ def run(
 
     Example: pertoken run threshold+dual_cache learn2pd --model zoo:code-diffusion --prompt "def parse(text):"
 
+    Example: pertoken run dyspec+xgrammar --model zoo:code-target --json-schema schema.json --prompt "data = "
+
     Example: pertoken run dyspec --model zoo:code-target --prompt "def parse(text):" --html report.html
     """
     if (prompt is None) == (input_file is None):
@@ -253,6 +259,7 @@ def run(
 
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
     canvas = {"block": block, "steps": steps, "filter": filter_file and str(filter_file), "language": language}
+    canvas |= {"grammar": grammar and str(grammar), "json_schema": json_schema and str(json_schema)}
     options = Options(max_new_tokens, dtype=dtype, device=device, baseline=baseline, batch=batch, **sampling, **canvas)
     prompts = [prompt] if prompt is not None else read_prompts(input_file)  # type: ignore[arg-type]
     with progress() as status:

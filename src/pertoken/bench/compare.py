@@ -21,6 +21,7 @@ from torch import Tensor
 from pertoken.bench.sides import (
     ARTICLE,
     DENSE,
+    GRAMMAR,
     PLAIN,
     Given,
     Side,
@@ -44,7 +45,8 @@ from pertoken.models.kind import kind_of
 class Options:
     """How to generate. temperature 0 is greedy; dtype and device as in `models.load`; baseline: None for the default of
     the model's kind; batch: prompts generated together; block, steps: of a diffusion model's canvas, None for the
-    methods' own; filter, language: for methods that take them."""
+    methods' own; filter, language: for methods that take them; grammar, json_schema: file that says what may be written
+    (see `decode.grammar.files`), at most one of the two."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -60,8 +62,12 @@ class Options:
     steps: int | None = None
     filter: str | None = None
     language: str | None = None
+    grammar: str | None = None
+    json_schema: str | None = None
 
     def __post_init__(self) -> None:
+        if self.grammar and self.json_schema:
+            raise ValueError("a grammar and a JSON Schema were given; give one of them")
         for name in ("max_new_tokens", "batch", "repeats", "block", "steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is too few; give at least 1")
@@ -166,6 +172,12 @@ def compare(
         draft, draft_tokenizer = load_model(draft_name, options)
         _check_tokenizers(tokenizer, draft_tokenizer, model_name, draft_name)
     given = Given(draft, tokenizer, options.filter, options.language, options.block, options.steps)
+    engine = _engine(asked, kind, model, tokenizer, options, status)
+    if engine is not None and kind == "diffusion":
+        from pertoken.decode.grammar.moves import Moves
+        from pertoken.denoise.grammar_canvas import GrammarCanvas
+
+        given = replace(given, constraint=GrammarCanvas(Moves(engine)))
     if options.filter is None and kind == "diffusion":
         given = replace(given, filter=default_filter(model_name, wanted, given.places(options.max_new_tokens)))
     batches = [
@@ -175,6 +187,9 @@ def compare(
     batches = [{k: batch[k].to(model.device) for k in ("input_ids", "attention_mask")} for batch in batches]
     _check_room(model, batches, options)
     sides = [make_side(name, kind, given) for name in wanted]
+    if kind == "causal":
+        for side in sides:
+            side.engine = engine
     comparison = Comparison(model_name, draft_name, prompts, options)
     seconds = _time(sides, model, tokenizer, batches, options, status)
     flops, traces = {}, {}
@@ -190,6 +205,31 @@ def compare(
             trace.about |= {"method": side.name, "model": model_name, "runs": runs}
             comparison.traces.append(trace)
     return comparison
+
+
+def _engine(
+    names: list[str], kind: str, model: Any, tokenizer: Any, options: Options, status: Callable[[str], None]
+) -> Any:
+    """What follows the grammar that was asked for, if one was."""
+    wanted = options.grammar or options.json_schema
+    if wanted is None:
+        if any("+" in name and GRAMMAR in name.split("+") for name in names):
+            raise ValueError(f"{GRAMMAR} beside another method needs a grammar: give --grammar or --json-schema")
+        return None
+    if kind not in ("causal", "diffusion"):
+        raise ValueError(f"a grammar is followed by causal and by diffusion models; this one is an {kind} model")
+    from pertoken.decode.grammar.files import engine_for, read_grammar, read_schema
+
+    status("preparing the grammar (the very first use compiles its parser, up to a minute)")
+    return engine_for(read_grammar(wanted) if options.grammar else read_schema(wanted), tokenizer, model)
+
+
+def processor(engine: Any) -> Any:
+    """A logits processor for one call that keeps texts in the engine's grammar, spelled as the tokenizer spells."""
+    from pertoken.decode.grammar.matcher import Matcher
+    from pertoken.decode.grammar.processor import GrammarProcessor
+
+    return GrammarProcessor(lambda: Matcher(engine), engine.vocabulary.size, canonical=True)
 
 
 def _check_tokenizers(tokenizer: Any, draft: Any, model_name: str, draft_name: str) -> None:
@@ -216,7 +256,9 @@ def _generate(side: Side, model: Any, tokenizer: Any, batch: dict[str, Tensor], 
     """New ids of each row, to the end of text inclusive, or its whole text if tokens go anywhere; adds the side's steps
     and tokens."""
     torch.manual_seed(options.seed)
-    extra = {} if side.decoder is None else {"custom_generate": side.decoder}
+    extra: dict[str, Any] = {} if side.decoder is None else {"custom_generate": side.decoder}
+    if side.engine is not None:
+        extra["logits_processor"] = [processor(side.engine)]
     forwards = [0]
     with ExitStack() as stack:
         for policy in side.policies:

@@ -10,6 +10,7 @@ from pertoken.models.kind import KINDS, kind_needed
 
 ARTICLE = {"causal": "a", "diffusion": "a", "insertion": "an", "image": "an"}
 PLAIN, DENSE = "generate", "dense"
+GRAMMAR = "xgrammar"
 REFERENCES = {"causal": (PLAIN, "full"), "diffusion": (DENSE, DENSE), "insertion": ("ilm", "ilm")}
 LABELS = {PLAIN: "transformers generate", DENSE: "one per step, no cache"}
 
@@ -18,7 +19,8 @@ LABELS = {PLAIN: "transformers generate", DENSE: "one per step, no cache"}
 class Side:
     """One contender while it runs: its decoder and attached policies (none of either for transformers' own loop).
 
-    whole: its rows are whole texts, into which tokens were put anywhere, not what was added at the end.
+    whole: its rows are whole texts, into which tokens were put anywhere, not what was added at the end. engine: of the
+    grammar that its texts are kept in.
     """
 
     name: str
@@ -26,6 +28,7 @@ class Side:
     decoder: Any = None
     policies: tuple[Any, ...] = ()
     whole: bool = False
+    engine: Any = None
     rows: list[list[int]] = field(default_factory=list)
     tokens: int = 0
     steps: int = 0
@@ -35,7 +38,7 @@ class Side:
 @dataclass(frozen=True)
 class Given:
     """What methods may need or take: a draft model; the tokenizer; a filter's path; the language of what is written;
-    block and steps of a canvas, None for their own."""
+    block and steps of a canvas, None for their own; constraint: what a canvas must be."""
 
     draft: Any = None
     tokenizer: Any = None
@@ -43,11 +46,12 @@ class Given:
     language: str | None = None
     block: int | None = None
     steps: int | None = None
+    constraint: Any = None
 
     @property
-    def canvas(self) -> dict[str, int]:
+    def canvas(self) -> dict[str, Any]:
         """Settings of a canvas, as far as they were given."""
-        return {name: value for name in ("block", "steps") if (value := getattr(self, name)) is not None}
+        return {name: value for name in ("block", "steps", "constraint") if (value := getattr(self, name)) is not None}
 
     def places(self, length: int) -> int:
         """Positions per block on a canvas of this length."""
@@ -74,6 +78,9 @@ def parts_of(name: str) -> list[Card]:
         if one.shape not in ("decoder", "policy"):
             raise ValueError(f"{one.name} is an {one.shape}; only decoders and policies generate text")
     decoders = [one for one in found if one.shape == "decoder"]
+    if len(decoders) == 2 and GRAMMAR in [one.name for one in decoders]:  # under a grammar all do what it does
+        found = [one for one in found if one.name != GRAMMAR]
+        decoders = [one for one in decoders if one.name != GRAMMAR]
     names = [one.name for one in decoders]
     if len({kind_needed(one.needs) for one in decoders}) > 1:
         raise ValueError(f"{' and '.join(names)} need models of different kinds and cannot be combined")
@@ -118,7 +125,8 @@ def make_side(name: str, kind: str, given: Given) -> Side:
     if name == PLAIN:
         return Side(name, LABELS[name])
     if name == DENSE:
-        return Side(name, LABELS[name], make_decoder("schedule+recompute", kind, Given(block=given.block)))
+        dense = Given(block=given.block, constraint=given.constraint)
+        return Side(name, LABELS[name], make_decoder("schedule+recompute", kind, dense))
     parts = parts_of(name)
     policies = [one for one in parts if one.shape == "policy"]
     if len(policies) == len(parts) == 1:
