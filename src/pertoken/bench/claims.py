@@ -34,6 +34,8 @@ FRAMEWORK = (
     "docs",
     "execute",
     "key_tasks",
+    "kvpress_run",
+    "pictures",
     "results",
     "runner",
     "sides",

@@ -11,13 +11,20 @@ with compact positions read the context themselves.
 from __future__ import annotations
 
 import copy
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import mean
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
@@ -32,8 +39,10 @@ from pertoken.bench.claims import Bench
 from pertoken.core.attach import attach
 from pertoken.core.budget import Budget
 from pertoken.core.cost import timed
+from pertoken.core.errors import BadRequest
 from pertoken.core.policy import Policy, View
-from pertoken.zoo import recall
+from pertoken.zoo import model_path, recall
+from pertoken.zoo.star_graphs import cache_directory
 
 MODEL, TASKS = "recall", recall.TASKS
 SHARES = (4, 8, 16, 32)
@@ -275,3 +284,35 @@ def mass(view: KeyView, index: Tensor) -> Tensor:
     read.scatter_(-1, torch.where(chosen < 0, count, chosen), 1.0)
     kept = (law * read[:, :, None, :, None, :-1]).sum(-1).sum(-1)
     return (kept / runs.real.sum(-1).clamp(min=1)[:, None, None]).flatten(1, 2)
+
+
+def kvpress(bench: Bench, length: int, requests: list[tuple[str, dict[str, float]]]) -> list[dict[str, float]]:
+    """What presses of kvpress answer of the same questions, by task; see `kvpress_run`. Raises `BadRequest` where it is
+    not installed beside the older transformers that it needs."""
+    home = cache_directory() / "peers" / "kvpress"
+    if not (home / "kvpress").is_dir():
+        raise BadRequest(
+            f"kvpress is not in {home}; put it there with pip install --no-deps --target {home} kvpress==0.5.5 "
+            "transformers==5.2.0 tokenizers==0.22.1 huggingface_hub==1.4.0 datasets==4.4.1 and what these import"
+        )
+    script, path = Path(__file__).with_name("kvpress_run.py"), model_path(MODEL)
+    found: list[dict[str, float]] = [{} for _ in requests]
+    for task in TASKS:
+        about = contexts(bench, task, length)
+        bench.status(f"{task}, {length} tokens: kvpress")
+        with TemporaryDirectory() as folder:
+            told = {"ids": about.ids, "questions": about.questions, "before": torch.tensor([about.before])}
+            save_file({name: x.contiguous() for name, x in told.items()}, f"{folder}/contexts.safetensors")
+            ran = subprocess.run(
+                [sys.executable, str(script), str(path), f"{folder}/contexts.safetensors"],
+                input=json.dumps(requests),
+                env=os.environ | {"PYTHONPATH": str(home)},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        if ran.returncode:
+            raise RuntimeError(f"kvpress did not run: {ran.stderr.strip().splitlines()[-1:]}")
+        for one, accuracy in zip(found, json.loads(ran.stdout), strict=True):
+            one[task] = accuracy
+    return found

@@ -27,6 +27,7 @@ from pertoken.models.growing import let_grow
 THETAS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0)
 NEVER = 2.0
 LOUD = 10.0
+PRESSES = ("SnapKVPress", "ExpectedAttentionPress", "TOVAPress")
 
 
 def short(bench: Bench) -> int:
@@ -216,6 +217,26 @@ def recalls_at_32k(bench: Bench) -> Measurement:
 )
 def against_a_known_question(bench: Bench) -> Measurement:
     return against(bench, short(bench), ("tokenselect", IN_HAND))
+
+
+@claim(
+    "tokenselect",
+    claim="With 1/8 and 1/32 of 8k keys it answers more than presses of kvpress 0.5.5 that compress the context",
+    metric="share of questions answered (mean over 1/8 and 1/32 of the keys)",
+    expected="> 1",
+)
+def against_kvpress(bench: Bench) -> Measurement:
+    length, shares = short(bench), (8, 32)
+    mine = {share: at_equal_keys(bench, length, share, "tokenselect") for share in shares}
+    names = [(press, share) for press in PRESSES for share in shares]
+    requests = [(press, {"compression_ratio": 1 - 1 / share}) for press, share in names]
+    found = dict(zip(names, key_tasks.kvpress(bench, length, requests), strict=True))
+    average = {press: mean(mean(found[press, share].values()) for share in shares) for press in PRESSES}
+    rival = max(PRESSES, key=average.__getitem__)
+    told = {f"{press}, 1/{share}": one for (press, share), one in found.items()}
+    told |= {f"tokenselect, 1/{share}": one.told() for share, one in mine.items()}
+    value = mean(one.accuracy for one in mine.values())
+    return Measurement(value, f"kvpress {rival}", average[rival], mine[8].n, told)
 
 
 def by_theta(bench: Bench) -> dict[float, dict[str, float]]:
