@@ -142,7 +142,12 @@ def keys_held(policy, mask):
     return [math.ceil(count / 2) for count in mask.sum(-1).tolist()]
 
 
-COUNTS = {("depth", "operations"): layers_run, ("select", "operations"): keys_read, ("select", "memory"): keys_held}
+COUNTS = {
+    ("depth", "operations"): layers_run,
+    ("exit", "operations"): layers_run,
+    ("select", "operations"): keys_read,
+    ("select", "memory"): keys_held,
+}
 
 
 def test_decisions_count_what_the_budget_allows(target, policy, prompts):

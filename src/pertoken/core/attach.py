@@ -140,8 +140,10 @@ class Attachment:
                 positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
             else:
                 valid = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device)
-                positions = torch.arange(past, past + ids.shape[1], device=ids.device)
-                positions = kwargs.get("position_ids", positions[None]).expand(len(ids), -1)
+                positions = kwargs.get("position_ids")
+                if positions is None:
+                    positions = torch.arange(past, past + ids.shape[1], device=ids.device)[None]
+                positions = positions.expand(len(ids), -1)
             self.enter(None)
             prompt = self._prompt(valid, positions, past)
             self.begin(View(valid=valid, layers=layers, positions=positions, prompt=prompt))
@@ -186,6 +188,16 @@ class Attachment:
     def taped(self) -> bool:
         """Whether decisions are recorded or replayed, so that each must be asked for."""
         return self.trace is not None or self._player is not None
+
+    @property
+    def coming(self) -> str | None:
+        """The site of the decision that a replay serves next; None where nothing is replayed, or no more is left."""
+        return None if self._player is None else self._player.coming
+
+    @property
+    def replaying(self) -> bool:
+        """Whether decisions come from a recording."""
+        return self._player is not None
 
     def reset(self) -> None:
         """Forget the state of the last request."""

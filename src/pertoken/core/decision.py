@@ -1,6 +1,6 @@
 """Decisions: what each token gets, as frozen tensors on a token axis with a mask of the real tokens.
 
-Every family of methods decides in one of these six forms, so that decisions can be recorded, replayed, compared, priced
+Every family of methods decides in one of these seven forms, so that decisions can be recorded, replayed, compared, priced
 and drawn without knowing which method made them.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Decision:
-    """Base of the six forms. `valid` `[batch, token]` is False on padding, which no law counts."""
+    """Base of the seven forms. `valid` `[batch, token]` is False on padding, which no law counts."""
 
     valid: Tensor
     kind: ClassVar[str] = "decision"
@@ -106,6 +106,22 @@ class Depth(Decision):
 
 
 @dataclass(frozen=True)
+class Exit(Decision):
+    """After how many layers each token leaves, as far as it is decided. left `[batch, token]` int: layers run; negative
+    where the text stops with the token."""
+
+    left: Tensor
+    kind: ClassVar[str] = "exit"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _on_token_axis(self, "left", "int")
+
+    def spent(self) -> Tensor:
+        return (self.left.abs() * self.valid).sum(-1)
+
+
+@dataclass(frozen=True)
 class Weight(Decision):
     """How much each token counts in an objective. weight `[batch, token]` float."""
 
@@ -178,4 +194,4 @@ class Commit(Decision):
 
 
 SOURCES = ("model", "ngram", "exit", "grammar")
-KINDS: dict[str, type[Decision]] = {c.kind: c for c in (Keep, Assign, Depth, Weight, Select, Commit)}
+KINDS: dict[str, type[Decision]] = {c.kind: c for c in (Keep, Assign, Depth, Exit, Weight, Select, Commit)}

@@ -128,6 +128,11 @@ class Player:
         return step
 
     @property
+    def coming(self) -> str | None:
+        """The site of the next step, None after the last one."""
+        return None if self.finished else self.trace.steps[self.next_step].site
+
+    @property
     def finished(self) -> bool:
         return self.next_step == len(self.trace.steps)
 

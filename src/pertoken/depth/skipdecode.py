@@ -8,9 +8,9 @@ With L layers, bounds most >= least, a reference length T and w warm-up layers, 
     N(t) = round(most - (most - least) * min(t, T) / T)       layers: 0 .. w-1 and L - (N(t) - w) .. L-1
 
 so that lower layers are passed over and a later token runs a subset of what an earlier one ran. t counts generated
-tokens; the prompt runs all layers. With anchor="sequence", t is the place in the row, and the prompt decays too. The
-budget is the mean of N over the reference length: most + least = 2 * budget; `span` says how far the bounds lie from
-it, `bounds` gives them outright.
+tokens; the prompt runs all layers. With anchor="sequence", t is the place in the row less `prompt`. The budget is the
+mean of N over the reference length: most + least = 2 * budget; `span` says how far the bounds lie from it, `bounds`
+gives them outright.
 
 Keys: a layer holds none for a token that passed over it ("none"). A query at step t in layer l finds the keys of all
 earlier tokens of its row there, because they ran it too; nothing is recomputed or filled in.
@@ -68,7 +68,8 @@ class SkipDecode(LayerPolicy):
 
     budget: layers, or share of the depth (1 / the speed-up aimed at); reference: steps after which the fewest layers
     are run; span: the bounds are (1 + span) and (1 - span) times the budget, as far as there are layers; bounds: (most,
-    least) instead of budget and span; anchor: "generation" or "sequence" (see the module).
+    least) instead of budget and span; anchor: "generation" or "sequence" (see the module); prompt: for the latter,
+    places that run all layers before the schedule begins.
     """
 
     reference: int = 128
@@ -76,12 +77,18 @@ class SkipDecode(LayerPolicy):
     span: float = 0.5
     bounds: tuple[int, int] | None = None
     anchor: str = "generation"
+    prompt: int = 0
     reads: ClassVar[frozenset[str]] = frozenset({"positions"})
     small: ClassVar[dict[str, Any]] = {"span": 0.0, "anchor": "sequence"}
 
     def __post_init__(self) -> None:
         if self.anchor not in ANCHORS:
             raise BadRequest(f"anchor={self.anchor!r} is unknown; choose {' or '.join(map(repr, ANCHORS))}")
+        if self.prompt < 0 or (self.prompt and self.anchor != "sequence"):
+            raise BadRequest(
+                f'prompt={self.prompt} must be at least 0, and is for anchor="sequence"; with "generation" the prompt '
+                "is known"
+            )
         if self.reference < 1 or self.warmup < 1 or not 0 <= self.span <= 1:
             raise BadRequest(
                 f"reference={self.reference} and warmup={self.warmup} must be at least 1 (the first layer always runs) "
@@ -128,5 +135,7 @@ class SkipDecode(LayerPolicy):
             return Depth(valid=view.valid, layers=table[0].expand(*view.valid.shape, -1))
         if self.anchor == "generation" and view.prompt is not None:  # unknown where a stack only times its steps
             step = step - view.prompt[:, None]
+        elif self.anchor == "sequence":
+            step = step - self.prompt
         layers = table[step.clamp(0, self.reference)]
         return Depth(valid=view.valid, layers=layers | (step < 0)[..., None])

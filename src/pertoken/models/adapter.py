@@ -44,6 +44,11 @@ class Adapter(ABC):
     def base(self) -> nn.Module:
         """The module without the head, whose forward runs the layers."""
 
+    @property
+    def entry(self) -> nn.Module | None:
+        """The module whose output goes into the first layer, where the base model reads a shape off it."""
+        return None
+
     @abstractmethod
     def attention(self, index: int) -> Any:
         """The attention module of layer `index`."""
@@ -61,9 +66,13 @@ class Adapter(ABC):
     ) -> Tensor:
         """Hidden states after layer `index`; mask `[batch, 1, query, key]`."""
 
+    @property
     @abstractmethod
+    def final_norm(self) -> nn.Module: ...
+
     def norm(self, hidden: Tensor) -> Tensor:
         """The final norm."""
+        return self.final_norm(hidden)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits `[..., vocabulary]` of normed hidden states."""
@@ -137,8 +146,9 @@ class LlamaLike(Adapter):
             hidden, attention_mask=mask, position_ids=positions, past_key_values=cache, position_embeddings=rotary
         )
 
-    def norm(self, hidden: Tensor) -> Tensor:
-        return self.model.model.norm(hidden)
+    @property
+    def final_norm(self) -> nn.Module:
+        return self.model.model.norm
 
 
 class Gemma2(LlamaLike):
@@ -164,6 +174,10 @@ class GPT2(Adapter):
     def base(self) -> nn.Module:
         return self.model.transformer
 
+    @property
+    def entry(self) -> nn.Module:
+        return self.model.transformer.drop
+
     def attention(self, index: int) -> Any:
         return self.layers[index].attn
 
@@ -177,8 +191,9 @@ class GPT2(Adapter):
     def run_layer(self, index, hidden, mask, positions, rotary, cache):
         return self.layers[index](hidden, past_key_values=cache, attention_mask=mask, position_ids=positions)
 
-    def norm(self, hidden: Tensor) -> Tensor:
-        return self.model.transformer.ln_f(hidden)
+    @property
+    def final_norm(self) -> nn.Module:
+        return self.model.transformer.ln_f
 
 
 _ADAPTERS: dict[str, type[Adapter]] = {kind: cls for cls in (LlamaLike, Gemma2, GPT2) for kind in cls.model_types}
