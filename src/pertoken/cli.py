@@ -393,7 +393,9 @@ def zoo_train(
     from pertoken.bench.catalogue import recipe
     from pertoken.bench.curve import write_curve
     from pertoken.zoo.recipe import FILTERS
+    from pertoken.zoo.scenes_models import SCENE_RECIPES, SceneRun
     from pertoken.zoo.train import Run
+    from pertoken.zoo.tunings import TUNINGS
 
     wanted = recipe(name)
     if steps is not None and steps < 1:
@@ -405,7 +407,16 @@ def zoo_train(
             for path in train_filters(name, out / name, wanted, steps, status):
                 print(f"filter: {path}", file=sys.stderr)
         return
-    training = Run(name, out / name, wanted, compile_model)
+    if name in TUNINGS:
+        from pertoken.zoo.tuning import tune
+
+        with progress() as status:
+            print(f"trained: {tune(name, out / name, wanted, steps, status)}", file=sys.stderr)
+        return
+    if name in SCENE_RECIPES:
+        training: Any = SceneRun(name, out / name, wanted)
+    else:
+        training = Run(name, out / name, wanted, compile_model)
     resumed = training.resume()
     print(f"going on from step {training.step}" if resumed else f"starting {name}", file=sys.stderr)
     try:

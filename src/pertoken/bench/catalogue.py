@@ -90,12 +90,14 @@ def number(value: float | None) -> str:
 
 
 def recipe(name: str) -> Any:
-    """The recipe of a zoo model or filter; an unknown name raises `ValueError` naming the nearest ones."""
+    """The recipe of a zoo model, filter or tuning; an unknown name raises `ValueError` naming the nearest ones."""
     import difflib
 
     from pertoken.zoo.recipe import FILTERS, RECIPES
+    from pertoken.zoo.scenes_models import SCENE_RECIPES
+    from pertoken.zoo.tunings import TUNINGS
 
-    known = RECIPES | FILTERS
+    known = RECIPES | FILTERS | TUNINGS | SCENE_RECIPES
     if name in known:
         return known[name]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
@@ -104,13 +106,19 @@ def recipe(name: str) -> Any:
 
 
 def zoo_entries() -> list[dict[str, Any]]:
-    """One entry per zoo model or filter; bytes of its weights, 0 where they are not installed."""
+    """One entry per zoo model, filter or tuning; bytes of its weights, 0 where they are not installed."""
     from pertoken.zoo import WEIGHTS
     from pertoken.zoo.recipe import FILTERS, RECIPES
+    from pertoken.zoo.scenes_models import SCENE_RECIPES
+    from pertoken.zoo.tunings import TUNINGS
 
     sizes = {name: (one.shape.layers, one.shape.width, one.shape.vocab) for name, one in RECIPES.items()}
     sizes |= {name: (max(one.layers), one.block, None) for name, one in FILTERS.items()}
-    teachers = {name: one.teacher for name, one in RECIPES.items()} | {n: one.model for n, one in FILTERS.items()}
+    sizes |= dict.fromkeys(TUNINGS, (None, None, None))
+    sizes |= {name: (one.layers, one.width, None) for name, one in SCENE_RECIPES.items()}
+    teachers = {name: one.teacher for name, one in RECIPES.items()}
+    teachers |= {name: one.model for name, one in (FILTERS | TUNINGS).items()}
+    teachers |= {name: one.start for name, one in SCENE_RECIPES.items()}
     found = []
     for name, (layers, width, vocabulary) in sizes.items():
         files = list((WEIGHTS / name).glob("*.safetensors"))
