@@ -10,6 +10,7 @@ from pertoken.decode.entropy_route import EntropyRoute
 from pertoken.decode.r2r import R2R
 from pertoken.decode.random_route import RandomRoute
 from pertoken.decode.router import Router, Seen, threshold_for
+from pertoken.decode.router_training import Lessons, lessons, other_structure, train_router
 from tests.contract.conftest import FAMILIES, family, one_thread, prompts  # noqa: F401
 
 NEW = 16
@@ -152,3 +153,79 @@ def test_refuses_models_that_do_not_go_together():
     ):
         with pytest.raises(BadRequest, match=message):
             generate(large, ids, torch.ones_like(ids), decoder)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "differs"),
+    [
+        ("    total = a + b\n", "    result = x + y\n", False),
+        ("x = f(1, 'a')\n", 'y = g(22, "b c")\n', False),
+        ("return a + b\n", "return a - b\n", True),
+        ("if a:\n", "while a:\n", True),
+        ("f(a, (b\n", "f(c, (d\n", False),
+        ("f(a, (b\n", "f(c, d\n", True),
+    ],
+)
+def test_structure_is_what_names_and_constants_leave(one, other, differs):
+    assert other_structure(one, other) is differs
+
+
+class Letters:
+    """A tokenizer of one letter per token; 0 pads, 1 is a newline."""
+
+    def __len__(self):
+        return 61
+
+    def decode(self, tokens):
+        return "".join("\n" if t == 1 else chr(40 + t) for t in tokens)
+
+    def __call__(self, texts, **options):
+        rows = [[ord(c) - 40 for c in text] for text in texts]
+        width = max(map(len, rows))
+        return {
+            "input_ids": torch.tensor([[0] * (width - len(row)) + row for row in rows]),
+            "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
+        }
+
+
+def test_lessons_are_those_of_following_each_token_by_itself():
+    large, small, tokenizer = model_of("llama", 4, 1), model_of("llama", 2, 2), Letters()
+    compared = []
+
+    def judge(one, other):
+        compared.append((one, other))
+        return one[-1] != other[-1]
+
+    texts = ["ABC", "XYZAB", "Q", "BABA"]
+    found = lessons(large, small, tokenizer, texts, judge, new=6, follow=5, batch=3)
+    assert found.divergent.shape == (24,) and not bool((found.divergent & ~found.mismatch).any())
+    wanted = []
+    with torch.no_grad():
+        for row, text in enumerate(texts):
+            ids = [ord(c) - 40 for c in text]
+            for place in range(6):
+                out = small(torch.tensor([ids]), output_hidden_states=True)
+                assert torch.allclose(found.seen.state[6 * row + place], out.hidden_states[-1][0, -1], atol=1e-4)
+                token, theirs = int(out.logits[0, -1].argmax()), int(large(torch.tensor([ids])).logits[0, -1].argmax())
+                assert int(found.seen.tokens[6 * row + place]) == token
+                wanted.append(token != theirs)
+                ids.append(theirs)
+    assert found.mismatch.tolist() == wanted and len(compared) == sum(wanted)
+    for one, other in compared:
+        assert "\n" not in one[:-1] and "\n" not in other[:-1] and one != other
+
+
+def test_a_router_learns_what_can_be_told_and_finds_enough():
+    small = model_of("llama", 2, 2)
+    generator = torch.Generator().manual_seed(0)
+    state = torch.randn(2000, 32, generator=generator)
+    divergent = state[:, 0] + 0.3 * torch.randn(2000, generator=generator) > 1.2
+    logits = torch.randn(2000, 61, generator=generator)
+    found = Lessons(Seen(state, logits, torch.zeros(2000, dtype=torch.long)), divergent, divergent)
+    router = train_router(small, found, hidden=32, blocks=1, lr=3e-3, batch=256, epochs=12)
+    with torch.no_grad():
+        chances = router(found.seen).sigmoid()
+    asked = chances >= router.threshold
+    assert float(asked[divergent].float().mean()) > 0.85 and float(asked.float().mean()) < 0.5
+    with pytest.raises(BadRequest, match="too few are divergent"):
+        train_router(small, Lessons(found.seen, divergent, torch.zeros_like(divergent)))

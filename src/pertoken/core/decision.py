@@ -1,7 +1,7 @@
 """Decisions: what each token gets, as frozen tensors on a token axis with a mask of the real tokens.
 
-Every family of methods decides in one of these seven forms, so that decisions can be recorded, replayed, compared, priced
-and drawn without knowing which method made them.
+Every family of methods decides in one of these seven forms, so that decisions can be recorded, replayed, compared,
+priced and drawn without knowing which method made them.
 """
 
 from __future__ import annotations

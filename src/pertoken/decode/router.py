@@ -23,7 +23,7 @@ FILE, TOP = "router.safetensors", 100
 @dataclass(frozen=True)
 class Seen:
     """What a small model saw where it chose its tokens. state `[token, width]`: after its final norm; logits `[token,
-    vocabulary]` as it gave them; tokens `[token]`: chosen."""
+    vocabulary]` as it gave them, or their largest alone; tokens `[token]`: chosen."""
 
     state: Tensor
     logits: Tensor
