@@ -199,3 +199,13 @@ def test_bad_input_is_refused_in_a_sentence():
         layer.gradient_checkpointing = True
     with pytest.raises(BadRequest, match="checkpointing"), attach(model, ToMe(), training=True):
         model(images(2))
+
+
+def test_hidden_states_may_be_asked_for_while_attached():
+    """transformers then puts hooks of its own on the model, which stay."""
+    model = encoder("vit")
+    with torch.inference_mode(), attach(model, ToMe()):
+        states = model(images(2), output_hidden_states=True).hidden_states
+    assert [s.shape[1] for s in states] == [65, 57, 49, 41, 65]
+    with torch.inference_mode():
+        assert torch.equal(model(images(2)).last_hidden_state, encoder("vit")(images(2)).last_hidden_state)

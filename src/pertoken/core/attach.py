@@ -44,7 +44,7 @@ def fingerprint(model: nn.Module, deep: bool = False) -> dict[str, str]:
     prints = {}
     for name, module in model.named_modules():
         own = {k: id(v) for k, v in vars(module).items() if k not in _HOOKS and not k.startswith("_")}
-        hooks = {k: [(key, id(hook)) for key, hook in vars(module).get(k, {}).items()] for k in _HOOKS}
+        hooks = {k: [(key, id(hook)) for key, hook in vars(module).get(k, {}).items() if _counts(hook)] for k in _HOOKS}
         prints[f"module {name or '(model)'}"] = repr((type(module), id(type(module).forward), own, hooks))
     for name, tensor in model.state_dict(keep_vars=True).items():
         where = (tensor.data_ptr(), tensor._version, tuple(tensor.shape), tensor.dtype, tensor.device)
@@ -64,6 +64,11 @@ def fingerprint(model: nn.Module, deep: bool = False) -> dict[str, str]:
         for name, table in (("", tables.ALL_ATTENTION_FUNCTIONS), (" mask", ALL_MASK_ATTENTION_FUNCTIONS)):
             prints[f"attention{name} table"] = repr(sorted((k, id(table[k])) for k in table.valid_keys()))
     return prints
+
+
+def _counts(hook: Any) -> bool:
+    """Whether a hook is a change: transformers leaves its own on a model whose hidden states are first asked for."""
+    return getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
 
 
 def changed(before: dict[str, str], after: dict[str, str]) -> list[str]:

@@ -84,7 +84,7 @@ class TokenView(View):
     @cached_property
     def metric(self) -> Tensor:
         """`[image, token, dim]` float32: keys, as a mean over heads, of length 1."""
-        mean = self.keys.float().mean(1)
+        mean = self.keys.transpose(1, 2).float().mean(2)  # as they lie in memory
         flat = torch.nn.functional.normalize(mean, dim=-1).flatten(0, 1)
         return self.tokens.padded(flat)
 
