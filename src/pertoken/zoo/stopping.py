@@ -59,7 +59,7 @@ class StoppingTask(Task):
         if recipe.own_heads:  # begin as the model's own head reads, without the norm before it
             with torch.no_grad():
                 for head in self.controller.heads.values():
-                    head.weight.copy_(model.lm_head.weight)
+                    head.get_parameter("weight").copy_(model.lm_head.weight)
 
     @torch.no_grad()
     def states(self, ids: Tensor) -> tuple[list[Tensor], Tensor]:
