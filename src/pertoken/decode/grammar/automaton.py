@@ -23,10 +23,11 @@ Edges = list[list[tuple[int, int, int]]]
 
 @dataclass(frozen=True, eq=False)
 class Automaton:
-    """edges: of each state; finals: where a text may end."""
+    """edges: of each state; finals: where a text may end; listed: all texts, if it was made from a list of them."""
 
     edges: Edges
     finals: frozenset[int]
+    listed: frozenset[str] | None = None
 
     @property
     def empty(self) -> bool:
@@ -158,8 +159,8 @@ def lengths(least: int, most: int | None) -> Automaton:
 
 def words(texts: Iterable[str]) -> Automaton:
     """These texts."""
-    edges, finals = [{}], set()
-    for text in texts:
+    edges, finals, listed = [{}], set(), frozenset(texts)
+    for text in sorted(listed):
         state = 0
         for letter in text:
             if ord(letter) not in edges[state]:
@@ -167,7 +168,9 @@ def words(texts: Iterable[str]) -> Automaton:
                 edges.append({})
             state = edges[state][ord(letter)]
         finals.add(state)
-    return Automaton([[(code, code, to) for code, to in sorted(row.items())] for row in edges], frozenset(finals))
+    return Automaton(
+        [[(code, code, to) for code, to in sorted(row.items())] for row in edges], frozenset(finals), listed
+    )
 
 
 @lru_cache(maxsize=1024)

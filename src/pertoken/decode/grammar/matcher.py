@@ -17,6 +17,7 @@ class Matcher(TokenMask):
     def __init__(self, engine: Engine):
         self.engine = engine
         self.parses = [engine.start]
+        self.tokens: list[int] = []
         self.ended = False
         engine.matchers.add(self)
 
@@ -28,26 +29,40 @@ class Matcher(TokenMask):
             if not engine.ends(self.parses[-1]):
                 return False
             self.parses.append(self.parses[-1])
+            self.tokens.append(token)
             self.ended = True
             return True
         if not engine.vocabulary.spells(token):
             return False
+        engine.spare()
         after = engine.read(self.parses[-1], token)
         if after < 0:
             return False
         self.parses.append(after)
+        self.tokens.append(token)
         return True
+
+    def read_again(self) -> None:
+        """Read the text anew: the engine has forgotten its parses."""
+        tokens, self.tokens, self.parses, self.ended = self.tokens, [], [self.engine.start], False
+        for token in tokens:
+            if token in self.engine.vocabulary.ends:
+                self.parses.append(self.parses[-1])
+                self.ended = True
+            else:
+                self.parses.append(self.engine.read(self.parses[-1], token))
+        self.tokens = tokens
 
     def rollback(self, count: int) -> None:
         if not 0 <= count < len(self.parses):
             raise BadRequest(f"rollback({count}) after {len(self.parses) - 1} accepted tokens; give at most that many")
         if count:
-            del self.parses[-count:]
+            del self.parses[-count:], self.tokens[-count:]
             self.ended = False
 
     def fork(self) -> Matcher:
         twin = Matcher(self.engine)
-        twin.parses, twin.ended = self.parses.copy(), self.ended
+        twin.parses, twin.tokens, twin.ended = self.parses.copy(), self.tokens.copy(), self.ended
         return twin
 
     def fill(self, bitmask: Any, row: int = 0) -> None:

@@ -22,6 +22,7 @@ class Moves:
 
     def __init__(self, engine: Engine):
         self.engine = engine
+        engine.pinned = True
         self.start, self.size, self.ends = engine.start, engine.vocabulary.size, engine.vocabulary.ends
         self.known: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self.tokens, self.targets = np.zeros(self.size, np.int32), np.zeros(self.size, np.int32)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 from pertoken.core.errors import BadRequest
-from pertoken.decode.grammar.ir import EMPTY, Graph, Lit, Node, Ref, Repeat, alt, byte_set, seq
+from pertoken.decode.grammar.automaton import Automaton
+from pertoken.decode.grammar.ir import EMPTY, Graph, Lit, Node, Ref, Repeat, alt, byte_set, literals, seq
 from pertoken.decode.grammar.json_text import any_string, quoted, written
 from pertoken.decode.grammar.nfa import reached
 from pertoken.decode.grammar.regex import Cat, Chars, Times, anchored, node_of
@@ -16,6 +18,7 @@ from pertoken.decode.grammar.schema_values import EVERY_NAME, Names, Text, Value
 from pertoken.decode.grammar.unicode import characters
 
 STRING = "json string"
+NOTHING_SAID = Cat(())
 MOST_RULES = 20_000
 BLANKS = 32  # in a row, where blanks are allowed
 
@@ -129,10 +132,14 @@ class Rules:
                 self.rules[name] = any_string(text.least, text.most)
                 self.keys[name] = name
             return Ref(name)
-        if len(text.parts) == 1 and not hasattr(part := text.parts[0], "finals"):
-            if text.least == 0 and text.most is None and not anchored(part):  # type: ignore[arg-type]
-                return quoted(node_of(part, written))  # type: ignore[arg-type]
-            if isinstance(part, Cat) and len(part.items) == 3 and part.items[0] == part.items[2] == Cat(()):
+        part, free = text.parts[0], text.least == 0 and text.most is None
+        if len(text.parts) == 1 and isinstance(part, Automaton):
+            if free and part.listed is not None:
+                return literals(json.dumps(word, ensure_ascii=False).encode() for word in part.listed)
+        elif len(text.parts) == 1:
+            if free and not anchored(part):
+                return quoted(node_of(part, written))
+            if isinstance(part, Cat) and len(part.items) == 3 and part.items[0] == part.items[2] == NOTHING_SAID:
                 inner = part.items[1]
                 if isinstance(inner, Times) and isinstance(inner.item, Chars):
                     least = max(inner.least, text.least)
