@@ -205,7 +205,8 @@ def run(
     draft: Annotated[str | None, typer.Option(help="Draft model, for methods that need one.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Text to go on from.")] = None,
     input_file: Annotated[
-        Path | None, typer.Option("--input", help='A prompt per line, or .jsonl with "prompt" in each object.')
+        Path | None,
+        typer.Option("--input", help='A prompt per line, .jsonl with "prompt" in each, or a picture, or a folder.'),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate per prompt.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -251,9 +252,18 @@ def run(
     Example: pertoken run dyspec+xgrammar --model zoo:code-target --json-schema schema.json --prompt "data = "
 
     Example: pertoken run dyspec --model zoo:code-target --prompt "def parse(text):" --html report.html
+
+    Example: pertoken run dymu --model zoo:scenes-segmenter --input photo.png --html regions.html
     """
     if (prompt is None) == (input_file is None):
         raise ValueError('give one of --prompt "TEXT" and --input FILE')
+    if input_file is not None and is_picture(input_file):
+        from pertoken.bench.picture_run import look
+
+        with progress() as status:
+            looks = look(names, model, input_file, dtype, device, status)
+        show_pictures(looks, as_json, html)
+        return
     from pertoken.bench.compare import Options, compare
     from pertoken.bench.texts import read_prompts
 
@@ -267,6 +277,32 @@ def run(
     if trace is not None:
         save_traces(found, trace)
     show(found, as_json, html)
+
+
+def is_picture(path: Path) -> bool:
+    """Whether an input is a picture or a folder of them."""
+    return path.is_dir() or path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def show_pictures(looks: Any, as_json: bool, html: Path | None) -> None:
+    """Sides of a run on pictures on stdout and, if asked for, as a page with the regions drawn."""
+    if html is not None:
+        from pertoken.view.regions import write
+
+        write(looks.drawn, f"{looks.model}: {', '.join(one.name for one in looks.sides)}", html)
+        print(f"report: {html}", file=sys.stderr)
+    if as_json:
+        print_json(looks.to_json())
+        return
+    rows = table("method", "tokens left", "largest regions", "seconds", "speed-up", "GFLOP", "against dense")
+    for one in looks.sides:
+        tokens = f"{sum(one.tokens) / len(one.tokens):.1f}" if one.tokens else "all"
+        largest = ", ".join(str(size) for size in sorted((s for row in one.regions for s in row), reverse=True)[:5])
+        cells = (one.name, tokens, largest or "-", f"{one.seconds:.4f}", f"{one.speedup:.2f}", f"{one.flops / 1e9:.3f}")
+        rows.add_row(*cells, f"{one.agreement:.4f} ({one.measure})")
+    console().print(rows)
+    if looks.note:
+        print(looks.note, file=sys.stderr)
 
 
 @app.command()

@@ -35,6 +35,7 @@ FRAMEWORK = (
     "execute",
     "key_tasks",
     "kvpress_run",
+    "picture_run",
     "pictures",
     "results",
     "runner",

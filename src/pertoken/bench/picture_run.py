@@ -1,0 +1,167 @@
+"""`pertoken run NAME --input PICTURE`: reducing methods beside the dense model on the user's own pictures."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pertoken.core.attach import attach
+from pertoken.core.card import card
+from pertoken.core.cost import count_flops, timed
+from pertoken.core.errors import BadRequest
+from pertoken.methods import load_methods
+from pertoken.models.images import ImageModel, pictures_in, read_picture
+from pertoken.reduce.reduction import TOKENS
+from pertoken.reduce.thresholds import Thresholds, calibrate
+from pertoken.reduce.tokens import Tokens
+
+DENSE, THRESHOLDS, REPEATS = "dense", "thresholds.json", 3
+
+
+@dataclass(frozen=True)
+class Look:
+    """One side's figures. seconds: median of a pass over the pictures; flops: of a pass; tokens: of each picture after
+    the last layer; regions: of each picture, how many patches each merged token stands for, largest first; agreement:
+    with the dense model, as `measure` says."""
+
+    name: str
+    seconds: float
+    flops: int
+    speedup: float
+    tokens: list[int]
+    regions: list[list[int]]
+    agreement: float
+    measure: str
+
+
+@dataclass
+class Looks:
+    """The sides in order, and a picture of its regions for each side and picture."""
+
+    model: str
+    pictures: list[str]
+    note: str = ""
+    sides: list[Look] = field(default_factory=list)
+    drawn: list[tuple[str, str, Any]] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"model": self.model, "pictures": self.pictures, "note": self.note} | {
+            "runs": [asdict(side) for side in self.sides]
+        }
+
+
+def look(
+    names: list[str],
+    model_name: str,
+    source: Path,
+    dtype: str = "auto",
+    device: str = "cpu",
+    status: Callable[[str], None] = lambda text: None,
+) -> Looks:
+    """Encode the pictures at `source` (a file or a folder) densely and with every named method attached."""
+    load_methods()
+    for name in names:
+        if "image" not in card(name).needs:
+            raise BadRequest(
+                f"{name} does not work on images; those that do have question 'reduce' in `pertoken methods`"
+            )
+    paths = pictures_in(source)
+    read = [read_picture(path) for path in paths]
+    status(f"loading {model_name}")
+    host = ImageModel(model_name, dtype, "cuda" if device == "auto" and torch.cuda.is_available() else "cpu")
+    sized = [host.sized(picture) for picture in read]
+    pixels = host.inputs(sized)
+    found = Looks(model_name, [str(path) for path in paths])
+    dense: Tensor | None = None
+    base = 0.0
+    for name in [DENSE, *names]:
+        status(f"running {name}")
+        policy, note = (None, "") if name == DENSE else made(name, host, pixels)
+        found.note = note or found.note
+        out, tokens, seconds, flops = passed(host.model, policy, pixels)
+        dense, base = (out, seconds) if dense is None else (dense, base)
+        same, measure = agreement(out, dense)
+        sizes, counts = regions_of(tokens, host)
+        found.sides.append(Look(name, seconds, flops, base / seconds, counts, sizes, same, measure))
+        if tokens is not None:
+            texts = [
+                f"{path.name}: {count} of {np.prod(host.grid)} tokens left"
+                for path, count in zip(paths, counts, strict=True)
+            ]
+            found.drawn += [(name, *pair) for pair in zip(texts, pictures(tokens, host, sized), strict=True)]
+    return found
+
+
+def made(name: str, host: ImageModel, pixels: Tensor) -> tuple[Any, str]:
+    """The policy of this name for this model, and what a reader should know about it."""
+    build: Any = card(name).build
+    if "heads" in card(name).needs or "thresholds" not in card(name).needs:
+        return build(), ""
+    kept = host.path / THRESHOLDS
+    if kept.is_file():
+        return build(thresholds=Thresholds.load(kept)), f"thresholds of {kept.name} beside the model"
+    share = build().budget.fraction
+    own = calibrate(host.model, [pixels], fractions=(share,))
+    return build(
+        thresholds=own
+    ), f"thresholds calibrated on these {len(pixels)} picture(s); there were none beside the model"
+
+
+def passed(model: Any, policy: Any, pixels: Tensor) -> tuple[Tensor, Tokens | None, float, int]:
+    """Output, tokens after the last layer, median seconds and operations of a pass."""
+    spent, tokens = [], None
+    with torch.inference_mode(), ExitStack() as stack:
+        attached = None if policy is None else stack.enter_context(attach(model, policy))
+        out = output(model(pixels))
+        for _ in range(REPEATS):
+            with timed(pixels.device) as cost:
+                model(pixels)
+            spent.append(cost.seconds)
+        flops = count_flops(lambda: model(pixels))
+        if attached is not None:
+            tokens = attached.state.get(TOKENS)
+    return out, tokens, statistics.median(spent), flops
+
+
+def output(found: Any) -> Tensor:
+    """What a model says: its logits, a pooled vector, or a mean over tokens."""
+    for name in ("logits", "pooler_output"):
+        if getattr(found, name, None) is not None:
+            return getattr(found, name)
+    return found.last_hidden_state.mean(1)
+
+
+def agreement(out: Tensor, dense: Tensor) -> tuple[float, str]:
+    """How alike two outputs are: shares of equal labels, or a cosine."""
+    if out.ndim == 4:
+        return float((out.argmax(1) == dense.argmax(1)).float().mean()), "share of pixels labelled alike"
+    if out.ndim == 2:
+        return float(torch.cosine_similarity(out.float(), dense.float()).mean()), "cosine of outputs"
+    raise BadRequest(
+        f"outputs of shape {list(out.shape)} are not compared; give an encoder, a classifier or a segmenter"
+    )
+
+
+def regions_of(tokens: Tokens | None, host: ImageModel) -> tuple[list[list[int]], list[int]]:
+    """Sizes of the merged regions of each picture, and its tokens."""
+    if tokens is None:
+        return [], []
+    sizes = tokens.padded_sizes[:, tokens.prefix :].int()
+    merged = [sorted((int(s) for s in row if s > 1), reverse=True) for row in sizes]
+    return merged, [count - tokens.prefix for count in tokens.counts]
+
+
+def pictures(tokens: Tokens, host: ImageModel, sized: list[np.ndarray]) -> list[Any]:
+    """The regions of each picture, drawn."""
+    from pertoken.view.regions import regions
+
+    place = tokens.place[:, tokens.prefix :].cpu().numpy()
+    return [regions(pixels, one.reshape(host.grid)) for pixels, one in zip(sized, place, strict=True)]
