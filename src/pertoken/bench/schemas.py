@@ -13,14 +13,15 @@ from collections.abc import Callable
 from typing import Any
 
 WORDS = [
-    "name", "id", "line", "module", "path", "value", "status", "author", "created_at", "tags", "items", "config", "size",
-    "parent", "children", "type", "description", "enabled", "count", "version", "license", "email", "url", "arguments",
+    "name", "id", "line", "module", "path", "value", "status", "author", "created_at", "tags", "items", "config",
+    "size", "parent", "children", "type", "description", "enabled", "count", "version", "license", "email", "url",
+    "arguments",
 ]  # fmt: skip
 Made = tuple[Any, Any]  # a schema and a document that matches it
 
 
 def text(draw: random.Random, most: int = 24) -> str:
-    letters = string.ascii_letters + "     _-.,:/()" + "éü日\n\"\\"
+    letters = string.ascii_letters + "     _-.,:/()" + 'éü日\n"\\'
     return "".join(draw.choice(letters) for _ in range(draw.randrange(most + 1)))
 
 
