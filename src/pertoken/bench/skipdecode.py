@@ -86,7 +86,7 @@ def losses(bench: Bench) -> dict[str, float]:
 def speed(bench: Bench, batch: int, policy: LayerPolicy, label: str) -> Measurement:
     """Tokens per second of generating with the policy, and without, in turn on the same prompts."""
     model = tuned(bench, "code-skip")
-    models, trials = suite.pair(bench), 2 if bench.quick else (6 if batch > 1 else 12)
+    models, trials = suite.pair(bench), 2 if bench.quick else (3 if batch > 1 else 8)
     texts = suite.texts(bench, 200, 200)
     batches = [models.batch(texts[i * batch % 160 :][:batch]) for i in range(trials + 1)]
     new = 96 if bench.quick else NEW
@@ -103,7 +103,6 @@ def speed(bench: Bench, batch: int, policy: LayerPolicy, label: str) -> Measurem
     spent = sum(layers_at(model, policy, step) for step in range(new - 1)) / (new - 1)
     layers = model.config.num_hidden_layers
     found.detail.update({"batch": batch, "new_tokens": new, "layers per generated token": spent, "of": layers})
-    found.detail["nats"] = losses(bench)
     return found
 
 

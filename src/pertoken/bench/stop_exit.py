@@ -237,7 +237,7 @@ def acceptance(bench: Bench) -> Measurement:
 
 def speed(bench: Bench, batch: int) -> Measurement:
     """Tokens per second of generating with exits at the card's threshold, and without."""
-    models, trials = suite.pair(bench), 2 if bench.quick else (6 if batch > 1 else 12)
+    models, trials = suite.pair(bench), 2 if bench.quick else (3 if batch > 1 else 8)
     policy, new = StopExit(controller(bench), stop=None), 32 if bench.quick else 96
     texts = suite.texts(bench, 200, 200)
     batches = [models.batch(texts[i * batch % 160 :][:batch]) for i in range(trials + 1)]
