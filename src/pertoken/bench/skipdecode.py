@@ -49,7 +49,7 @@ def rows(bench: Bench) -> Tensor:
     def make() -> Tensor:
         texts = list(corpus.split_texts("heldout").values())
         stream = corpus.token_stream(suite.pair(bench).tokenizer.backend_tokenizer, texts)
-        windows = corpus.windows(stream, PROMPT + SCORED - 1, 0, bench.seed)[: 8 if bench.quick else 64]
+        windows = corpus.windows(stream, PROMPT + SCORED - 1, 0, bench.seed)[: 8 if bench.quick else 24]
         return torch.from_numpy(windows.astype(np.int64))
 
     return bench.shared("held-out rows", make)
