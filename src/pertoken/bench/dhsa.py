@@ -94,7 +94,8 @@ def read(bench: Bench, policy: Policy | None) -> Read:
 
 
 def ours(bench: Bench, budget: int = 64, **settings: Any) -> DHSA:
-    return DHSA(Budget(tokens=budget), predictor=predictor(bench), **RECENT, **settings)
+    """With the threshold that the predictor was trained for: here no logit comes up to the paper's 1.1."""
+    return DHSA(Budget(tokens=budget), predictor=predictor(bench), **{"theta": 0.0} | RECENT | settings)
 
 
 def given(budget: int, starts: Tensor) -> DHSA:
@@ -174,7 +175,7 @@ def compared(bench: Bench, mine: Policy, others: Mapping[str, Policy], best: tup
     shown=True,
 )
 def chunks_above_blocks(bench: Bench) -> Measurement:
-    others = rivals(bench, 64)
+    others = rivals(bench, 64) | {"predicted, theta 1.1": ours(bench, theta=1.1)}
     named = tuple(name for name in others if name.startswith("blocks") or name == "random boundaries")
     return compared(bench, ours(bench), others, named)
 
@@ -216,7 +217,7 @@ def norm_by_length(bench: Bench) -> Measurement:
 
 @claim(
     "dhsa",
-    claim="At every budget the loss is below that of block-sparse attention",
+    claim="At every budget its chunks cost less loss than blocks do",
     metric="nats per token above dense attention (512 tokens of code; the mean over budgets of 32, 64 and 128)",
     expected="< 1",
 )
