@@ -110,16 +110,6 @@ def seconds(works: dict[str, Callable[[], object]], turns: int) -> dict[str, flo
     return {name: statistics.median(values) for name, values in found.items()}
 
 
-def attached_work(model: Any, policy: Reduction, pixels: Tensor) -> Callable[[], object]:
-    """A forward with `policy` attached, attaching included."""
-
-    def work() -> None:
-        with attach(model, policy):
-            model(pixels)
-
-    return work
-
-
 def at_length(model: Any, pixels: Tensor, lengths: list[int]) -> Callable[[], object]:
     """The dense encoder run on the first `lengths[l]` tokens in layer l: what so many tokens cost by themselves."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from pertoken.bench import pictures
@@ -50,12 +52,14 @@ def sped_up(bench: Bench, size: int) -> Measurement:
     patches, layers = (size // 16) ** 2, model.config.num_hidden_layers
     policy = halves(layers, patches)
     each = lengths(policy, patches, layers)
+    merging = copy.deepcopy(model)
     works = {
         "dense": lambda: model(pixels),
-        "tome": pictures.attached_work(model, policy, pixels),
+        "tome": lambda: merging(pixels),
         "as many tokens": pictures.at_length(model, pixels, [round(n) for n in each]),
     }
-    found = pictures.seconds(works, 2 if bench.quick else 3)
+    with attach(merging, policy):
+        found = pictures.seconds(works, 3)
     share = sum(each) / len(each) / (1 + patches)
     detail = {
         "images/s": {name: len(pixels) / value for name, value in found.items()},
@@ -107,16 +111,12 @@ def little_overhead(bench: Bench) -> Measurement:
     expected=">= 1",
 )
 def fused_is_no_slower(bench: Bench) -> Measurement:
-    rates = {}
-    works = {}
-    for attention in ("sdpa", "eager"):
-        model, pixels = pictures.vit_base(bench, 384, attention)
-        policy = halves(model.config.num_hidden_layers, 576)
-        works[attention] = pictures.attached_work(model, policy, pixels)
-        rates[attention] = len(pixels)
-    found = pictures.seconds(works, 2 if bench.quick else 3)
-    rates = {name: rates[name] / value for name, value in found.items()}
-    return Measurement(rates["sdpa"], "softmax by hand", rates["eager"], 8)
+    (fused, pixels), (by_hand, _) = (pictures.vit_base(bench, 384, attention) for attention in ("sdpa", "eager"))
+    policy = halves(fused.config.num_hidden_layers, 576)
+    with attach(fused, policy), attach(by_hand, policy):
+        found = pictures.seconds({"fused": lambda: fused(pixels), "by hand": lambda: by_hand(pixels)}, 3)
+    rates = {name: len(pixels) / value for name, value in found.items()}
+    return Measurement(rates["fused"], "softmax by hand", rates["by hand"], len(pixels))
 
 
 @claim(
