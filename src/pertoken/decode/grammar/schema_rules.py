@@ -133,8 +133,8 @@ class Rules:
                 self.keys[name] = name
             return Ref(name)
         part, free = text.parts[0], text.least == 0 and text.most is None
-        if len(text.parts) == 1 and isinstance(part, Automaton):
-            if free and part.listed is not None:
+        if isinstance(part, Automaton):
+            if len(text.parts) == 1 and free and part.listed is not None:
                 return literals(json.dumps(word, ensure_ascii=False).encode() for word in part.listed)
         elif len(text.parts) == 1:
             if free and not anchored(part):
