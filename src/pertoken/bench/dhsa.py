@@ -95,7 +95,8 @@ def read(bench: Bench, policy: Policy | None) -> Read:
 
 def ours(bench: Bench, budget: int = 64, **settings: Any) -> DHSA:
     """With the threshold that the predictor was trained for: here no logit comes up to the paper's 1.1."""
-    return DHSA(Budget(tokens=budget), predictor=predictor(bench), **{"theta": 0.0} | RECENT | settings)
+    given: dict[str, Any] = {"theta": 0.0} | RECENT | settings
+    return DHSA(Budget(tokens=budget), predictor=predictor(bench), **given)
 
 
 def given(budget: int, starts: Tensor) -> DHSA:
