@@ -3,7 +3,7 @@
 import torch
 from hypothesis import strategies as st
 
-from pertoken.core.decision import KINDS, Assign, Commit, Decision, Depth, Keep, Select, Weight
+from pertoken.core.decision import KINDS, Assign, Commit, Decision, Depth, Exit, Keep, Select, Weight
 
 
 @st.composite
@@ -26,6 +26,8 @@ def decisions(draw, kind: type[Decision] | None = None) -> Decision:
         return Assign(valid, numbers(batch, tokens))
     if kind is Depth:
         return Depth(valid, flags(batch, tokens, extra))
+    if kind is Exit:
+        return Exit(valid, numbers(batch, tokens))
     if kind is Weight:
         return Weight(valid, torch.randn(batch, tokens, generator=generator))
     if kind is Select:

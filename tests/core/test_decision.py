@@ -61,7 +61,7 @@ def test_decisions_are_frozen():
 
 def test_every_kind_is_listed_under_its_name():
     assert {kind.kind for kind in KINDS.values()} == set(KINDS)
-    assert set(KINDS) == {"keep", "assign", "depth", "weight", "select", "commit"}
+    assert set(KINDS) == {"keep", "assign", "depth", "exit", "weight", "select", "commit"}
 
 
 @pytest.mark.parametrize("valid", [torch.ones(1, 3), torch.ones(3, dtype=torch.bool)])

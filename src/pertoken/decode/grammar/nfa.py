@@ -120,9 +120,8 @@ class Builder:
 
     def _repeat(self, nfa: Nfa, node: Repeat, at: int, after: int) -> None:
         item, least, most = node.item, node.least, node.most
-        if nullable(item, self.empty):
+        if nullable(item, self.empty):  # fewer than least may take all the bytes, more than most may not
             least = 0
-            most = most if most is not None and most <= 1 else None
         if most == 0:
             nfa.edges.append((at, EPSILON, 0, after))
             return
