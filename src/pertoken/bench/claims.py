@@ -33,6 +33,7 @@ FRAMEWORK = (
     "diffusion",
     "docs",
     "execute",
+    "key_exactness",
     "key_tasks",
     "kvpress_run",
     "picture_run",

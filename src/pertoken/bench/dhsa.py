@@ -17,10 +17,10 @@ from pertoken.attend.random_keys import RandomKeys
 from pertoken.attend.selection import SITE
 from pertoken.attend.sink_window import SinkWindow
 from pertoken.attend.tokenselect import TokenSelect
-from pertoken.bench import key_tasks, suite
+from pertoken.bench import key_tasks
 from pertoken.bench.claims import Bench, Measurement, claim
+from pertoken.bench.key_exactness import TOKENS, exactness
 from pertoken.bench.key_tasks import SHORT
-from pertoken.bench.tokenselect import logits
 from pertoken.core.attach import attach
 from pertoken.core.budget import Budget
 from pertoken.core.cost import timed
@@ -138,23 +138,12 @@ def rivals(bench: Bench, budget: int) -> dict[str, Policy]:
     compare="value",
 )
 def exact(bench: Bench) -> Measurement:
-    found, generator = {}, torch.Generator().manual_seed(bench.seed)
-    for family in ("llama", "qwen3", "gemma"):
-        model = suite.tiny(family, 3, 1)
-        ids = torch.randint(1, 211, (2, 60), generator=generator)
-        policy = DHSA(Budget(tokens=8), sinks=2, recent=4, run=4, predictor=Boundaries(16), spacing=1, theta=-1.0)
-        dense = logits(model, ids, None)
-        mask = torch.stack([torch.arange(60) >= 60 - n for n in (60, 47)]).long()
-        alone = [logits(model, ids[:1], policy)[0], logits(model, ids[1:, 13:], policy)[0]]
-        ragged = logits(model, ids, policy, mask)
-        gaps = {
-            "everything fits": logits(model, ids, replace(policy, budget=Budget(tokens=60))) - dense,
-            "chunks": logits(model, ids, policy, chunk=8) - logits(model, ids, policy),
-            "ragged": torch.cat([ragged[0] - alone[0], ragged[1, 13:] - alone[1]]),
-        }
-        found[family] = {name: float(gap.abs().max() / dense.abs().max()) for name, gap in gaps.items()}
-    worst = max(value for one in found.values() for value in one.values())
-    return Measurement(worst, "dense", 0.0, 3 * len(found), found)
+    def made(model: Any, family: str) -> tuple[Policy, dict[str, Policy]]:
+        net = Boundaries(model.config.num_key_value_heads * model.config.head_dim)
+        policy = DHSA(Budget(tokens=8), sinks=2, recent=4, run=4, predictor=net, spacing=1, theta=-1.0)
+        return policy, {"everything fits": replace(policy, budget=Budget(tokens=TOKENS))}
+
+    return exactness(bench, ("llama", "qwen3", "gemma"), made)
 
 
 def compared(bench: Bench, mine: Policy, others: Mapping[str, Policy], best: tuple[str, ...]) -> Measurement:

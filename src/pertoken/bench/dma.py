@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from statistics import mean, median
 from typing import Any
 
@@ -16,12 +17,12 @@ from pertoken.attend.sink_window import SinkWindow
 from pertoken.bench import key_tasks, suite
 from pertoken.bench.claims import Bench, Measurement, claim
 from pertoken.bench.dhsa import rows
-from pertoken.bench.tokenselect import logits
+from pertoken.bench.key_exactness import TOKENS, exactness, logits
 from pertoken.core.attach import attach
 from pertoken.core.budget import Budget
 from pertoken.core.cost import timed
 from pertoken.core.policy import Policy
-from pertoken.zoo import recall
+from pertoken.zoo import layers, recall
 from pertoken.zoo.recipe import RECIPES
 
 KINDS = ("dense", "dma", "window")
@@ -36,23 +37,10 @@ KINDS = ("dense", "dma", "window")
     compare="value",
 )
 def exact(bench: Bench) -> Measurement:
-    found, generator = {}, torch.Generator().manual_seed(bench.seed)
-    for family in ("llama", "qwen3", "gemma"):
-        model = suite.tiny(family, 3, 1)
-        ids = torch.randint(1, 211, (2, 40), generator=generator)
-        some, silent = DMA.for_model(model, noise=1.0, budget=Budget(tokens=8), run=8), DMA(Budget(tokens=40))
-        dense, whole = logits(model, ids, None), logits(model, ids, some)
-        mask = torch.stack([torch.arange(40) >= 40 - n for n in (40, 29)]).long()
-        ragged = logits(model, ids, some, mask)
-        alone = [logits(model, ids[:1], some)[0], logits(model, ids[1:, 11:], some)[0]]
-        gaps = {
-            "silent": logits(model, ids, silent) - dense,
-            "token by token": logits(model, ids, some, chunk=1) - whole,
-            "ragged": torch.cat([ragged[0] - alone[0], ragged[1, 11:] - alone[1]]),
-        }
-        found[family] = {name: float(gap.abs().max() / dense.abs().max()) for name, gap in gaps.items()}
-    worst = max(value for one in found.values() for value in one.values())
-    return Measurement(worst, "dense", 0.0, 3 * len(found), found)
+    def made(model: Any, family: str) -> tuple[Policy, dict[str, Policy]]:
+        return DMA.for_model(model, noise=1.0, budget=Budget(tokens=8), run=8), {"silent": DMA(Budget(tokens=TOKENS))}
+
+    return exactness(bench, ("llama", "qwen3", "gemma"), made, chunk=1)
 
 
 @claim(
@@ -82,24 +70,28 @@ def causal(bench: Bench) -> Measurement:
     return Measurement(float(sum(found.values())), "none", 0.0, len(found), found)
 
 
-def small(bench: Bench, task: str, kind: str) -> tuple[Any, Policy | None]:
-    """A small model, and what it was trained with; trained now if it was not yet."""
+def trained_with(bench: Bench, name: str) -> tuple[Any, Policy | None]:
+    """A zoo model, and what it was trained with; trained now if it was not yet."""
 
     def make() -> tuple[Any, Policy | None]:
         from transformers import LlamaForCausalLM
 
         from pertoken.zoo.on_demand import trained
 
-        name = task if kind == "dense" else f"{task}-{kind}"
         bench.status(f"training {name}, if it is not in the cache")
-        path = trained(name)
+        path, recipe = trained(name), RECIPES[name]
         model = LlamaForCausalLM.from_pretrained(path, local_files_only=True, dtype=torch.float32).eval()
-        if kind == "dense":
+        if recipe.layers == layers.DENSE:
             return model, None
-        mask = DynamicMask.load(path) if kind == "dma" else None
-        return model, DMA(Budget(tokens=RECIPES[name].keys), mask=mask)
+        mask = DynamicMask.load(path) if recipe.layers == layers.MASK else None
+        return model, DMA(Budget(tokens=recipe.keys), mask=mask)
 
-    return bench.shared(("small", task, kind), make)
+    return bench.shared(("trained with", name), make)
+
+
+def small(bench: Bench, task: str, kind: str) -> tuple[Any, Policy | None]:
+    """One of the small models that differ in what their layers read."""
+    return trained_with(bench, task if kind == "dense" else f"{task}-{kind}")
 
 
 @torch.inference_mode()
@@ -200,11 +192,12 @@ def recalls(bench: Bench) -> Measurement:
     expected="> 1",
 )
 def retrofitted(bench: Bench) -> Measurement:
-    model, tokenizer = key_tasks.loaded(bench, "recall-dma")
-    made, keys = recall.recall(tokenizer), RECIPES["recall-dma"].keys
+    model, own_policy = trained_with(bench, "recall-dma")
+    assert isinstance(own_policy, DMA)
+    made, keys = recall.recall(key_tasks.loaded(bench)[1]), RECIPES["recall-dma"].keys
     policies: dict[str, tuple[Any, Policy | None]] = {
-        "dma": (model, DMA(Budget(tokens=keys), mask="zoo:recall-dma")),
-        "all keys with its scores": (model, DMA(Budget(fraction=1.0), mask="zoo:recall-dma")),
+        "dma": (model, own_policy),
+        "all keys with its scores": (model, replace(own_policy, budget=Budget(fraction=1.0))),
         "before, all keys": (key_tasks.loaded(bench)[0], None),
         "before, window": (key_tasks.loaded(bench)[0], SinkWindow(Budget(tokens=0), sinks=4, recent=keys - 3, run=1)),
         "before, random keys": (

@@ -131,6 +131,12 @@ def _speeds() -> None:
 _speeds()
 
 
+def against(bench: Bench, mine: str, other: str, baseline: str | None = None) -> Measurement:
+    """The loss of one side over that of another, which is called `baseline`, with all others beside them."""
+    found = losses(bench)
+    return Measurement(found[mine], baseline or other, found[other], len(rows(bench)), found)
+
+
 @claim(
     "skipdecode",
     claim="Half of the layers, tuned to the schedule, lose at most 10 % against all layers tuned on the same text",
@@ -139,9 +145,7 @@ _speeds()
     shown=True,
 )
 def quality(bench: Bench) -> Measurement:
-    found = losses(bench)
-    baseline = found["all layers, tuned"]
-    return Measurement(found["skipdecode, tuned"], "all layers, tuned", baseline, len(rows(bench)), found)
+    return against(bench, "skipdecode, tuned", "all layers, tuned")
 
 
 @claim(
@@ -151,10 +155,7 @@ def quality(bench: Bench) -> Measurement:
     expected="< 1",
 )
 def beats_random(bench: Bench) -> Measurement:
-    found = losses(bench)
-    return Measurement(
-        found["skipdecode, tuned"], "random_layers", found["random layers, tuned"], len(rows(bench)), found
-    )
+    return against(bench, "skipdecode, tuned", "random layers, tuned", "random_layers")
 
 
 @claim(
@@ -164,9 +165,7 @@ def beats_random(bench: Bench) -> Measurement:
     expected="> 1.05",
 )
 def needs_tuning(bench: Bench) -> Measurement:
-    found = losses(bench)
-    baseline = found["skipdecode, tuned"]
-    return Measurement(found["skipdecode, not tuned"], "skipdecode, tuned", baseline, len(rows(bench)), found)
+    return against(bench, "skipdecode, not tuned", "skipdecode, tuned")
 
 
 @claim(
@@ -176,9 +175,7 @@ def needs_tuning(bench: Bench) -> Measurement:
     expected="< 1",
 )
 def beats_cut_top(bench: Bench) -> Measurement:
-    found = losses(bench)
-    baseline = found["first layers, not tuned"]
-    return Measurement(found["skipdecode, not tuned"], "fixed_exit", baseline, len(rows(bench)), found)
+    return against(bench, "skipdecode, not tuned", "first layers, not tuned", "fixed_exit")
 
 
 @claim(

@@ -11,13 +11,13 @@ from statistics import mean, median
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from pertoken.attend.block_topk import BlockTopK
 from pertoken.attend.tokenselect import TokenSelect
-from pertoken.bench import key_tasks, suite
+from pertoken.bench import key_tasks
 from pertoken.bench.claims import Bench, Measurement, claim
+from pertoken.bench.key_exactness import TOKENS, exactness
 from pertoken.bench.key_tasks import AT_EQUAL_KEYS, IN_HAND, LONG, SHARES, SHORT, Asked
 from pertoken.core.attach import attach
 from pertoken.core.budget import Budget
@@ -40,23 +40,6 @@ def ours(keys: int, **settings: Any) -> TokenSelect:
     return TokenSelect(**{"positions": "original", "reuse": NEVER} | key_tasks.parts(keys) | settings)
 
 
-@torch.inference_mode()
-def logits(model: Any, ids: Tensor, policy: Policy | None, mask: Tensor | None = None, chunk: int = 0) -> Tensor:
-    """`[batch, token, vocabulary]`, read at once or in chunks."""
-    if policy is not None:
-        with attach(model, policy):
-            return logits(model, ids, None, mask, chunk)
-    if not chunk:
-        places = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
-        return model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False).logits
-    cache, found = None, []
-    for part in ids.split(chunk, 1):
-        out = model(input_ids=part, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        found.append(out.logits)
-    return torch.cat(found, 1)
-
-
 @claim(
     "tokenselect",
     claim="Where nothing is left out it is dense attention, a prefill in chunks is the whole, and a ragged batch is "
@@ -66,28 +49,13 @@ def logits(model: Any, ids: Tensor, policy: Policy | None, mask: Tensor | None =
     compare="value",
 )
 def exact(bench: Bench) -> Measurement:
-    found: dict[str, dict[str, float]] = {}
-    generator = torch.Generator().manual_seed(bench.seed)
-    for family in ("llama", "qwen3", "gemma", "gpt2"):
-        model = suite.tiny(family, 3, 1)
-        ids = torch.randint(1, 211, (2, 60), generator=generator)
+    def made(model: Any, family: str) -> tuple[Policy, dict[str, Policy]]:
         turned = "original" if family == "gpt2" else "compact"  # it has no rotary positions
         few = TokenSelect(Budget(tokens=8), sinks=2, recent=4, run=4, positions=turned)
-        dense = logits(model, ids, None)
-        size = float(dense.abs().max())
-        lengths = (60, 47)
-        mask = torch.stack([torch.arange(60) >= 60 - n for n in lengths]).long()
-        ragged = logits(model, ids, few, mask)
-        alone = [logits(model, ids[i : i + 1, 60 - n :], few)[0] for i, n in enumerate(lengths)]
-        gaps = {
-            "everything fits": logits(model, ids, replace(few, budget=Budget(tokens=60))) - dense,
-            "all candidates": logits(model, ids, replace(few, budget=Budget(fraction=1.0))) - dense,
-            "chunks": logits(model, ids, few, chunk=8) - logits(model, ids, few),
-            "ragged": torch.cat([ragged[i, 60 - n :] - alone[i] for i, n in enumerate(lengths)]),
-        }
-        found[family] = {name: float(gap.abs().max()) / size for name, gap in gaps.items()}
-    worst = max(value for one in found.values() for value in one.values())
-    return Measurement(worst, "dense", 0.0, 4 * len(found), found)
+        whole = {"everything fits": Budget(tokens=TOKENS), "all candidates": Budget(fraction=1.0)}
+        return few, {name: replace(few, budget=budget) for name, budget in whole.items()}
+
+    return exactness(bench, ("llama", "qwen3", "gemma", "gpt2"), made)
 
 
 @contextmanager

@@ -18,8 +18,8 @@ class UnknownFamily(ValueError):
     """The model's architecture has no adapter."""
 
 
-class Adapter(ABC):
-    """Canonical sites of one model. Tensors: ids and positions `[batch, token]`, hidden `[batch, token, width]`."""
+class Sites(ABC):
+    """What the adapters of language models and of image encoders share. It holds its model weakly."""
 
     model_types: ClassVar[tuple[str, ...]] = ()
 
@@ -39,6 +39,31 @@ class Adapter(ABC):
     @abstractmethod
     def layers(self) -> nn.ModuleList: ...
 
+    @abstractmethod
+    def attention(self, index: int) -> Any:
+        """The attention module of layer `index`."""
+
+    @property
+    def depth(self) -> int:
+        return len(self.layers)
+
+    @property
+    def heads(self) -> int:
+        return self.config.num_attention_heads
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+class Adapter(Sites):
+    """Canonical sites of one language model. Tensors: ids and positions `[batch, token]`, hidden `[batch, token,
+    width]`."""
+
     @property
     @abstractmethod
     def base(self) -> nn.Module:
@@ -48,10 +73,6 @@ class Adapter(ABC):
     def entry(self) -> nn.Module | None:
         """The module whose output goes into the first layer, where the base model reads a shape off it."""
         return None
-
-    @abstractmethod
-    def attention(self, index: int) -> Any:
-        """The attention module of layer `index`."""
 
     @abstractmethod
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor: ...
@@ -86,14 +107,6 @@ class Adapter(ABC):
         return getattr(self.config, "sliding_window", None)
 
     @property
-    def depth(self) -> int:
-        return len(self.layers)
-
-    @property
-    def heads(self) -> int:
-        return self.config.num_attention_heads
-
-    @property
     def kv_heads(self) -> int:
         return getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
 
@@ -109,14 +122,6 @@ class Adapter(ABC):
     @property
     def vocabulary(self) -> int:
         return self.config.vocab_size
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
 
 
 class LlamaLike(Adapter):

@@ -8,41 +8,22 @@ tokens.
 
 from __future__ import annotations
 
-import weakref
-from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from abc import abstractmethod
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from pertoken.models.adapter import UnknownFamily
+from pertoken.models.adapter import Sites, UnknownFamily
 
 
-class VisionAdapter(ABC):
+class VisionAdapter(Sites):
     """Canonical sites of one image encoder. hidden `[batch, token, width]`, the prefix (class token, registers)
     first."""
 
-    model_types: ClassVar[tuple[str, ...]] = ()
-
-    def __init__(self, tower: nn.Module):
-        self._tower = weakref.ref(tower)
-        self.config: Any = tower.config
-
     @property
     def base(self) -> Any:
-        """The encoder, which whoever runs it keeps alive."""
-        tower = self._tower()
-        if tower is None:
-            raise ReferenceError("the model of this adapter is gone; make an adapter for a model that is still in use")
-        return tower
-
-    @property
-    @abstractmethod
-    def layers(self) -> nn.ModuleList: ...
-
-    @abstractmethod
-    def attention(self, index: int) -> Any:
-        """The attention module of layer `index`."""
+        """The encoder."""
+        return self.model
 
     @abstractmethod
     def attend(self, index: int, hidden: Tensor) -> Tensor:
@@ -56,22 +37,6 @@ class VisionAdapter(ABC):
     def prefix(self) -> int:
         """Tokens before the patches."""
         return 1
-
-    @property
-    def depth(self) -> int:
-        return len(self.layers)
-
-    @property
-    def heads(self) -> int:
-        return self.config.num_attention_heads
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.base.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.base.parameters()).device
 
 
 class ViT(VisionAdapter):

@@ -92,9 +92,11 @@ def tune(
     optimizer = torch.optim.AdamW(weights, lr=recipe.lr, weight_decay=recipe.weight_decay)
     directory.mkdir(parents=True, exist_ok=True)
     state, last = directory / "state.pt", time.monotonic()
-    first, curve = 0, []
+    first, curve, told = 0, [], json.dumps(asdict(recipe))
     if state.exists():
         kept = torch.load(state, weights_only=True)
+        if kept["recipe"] != told:
+            raise ValueError(f"{state} is of another recipe; give another --out, or delete it to begin again")
         task.module.load_state_dict(kept["module"])
         optimizer.load_state_dict(kept["optimizer"])
         first, curve = kept["step"], kept["curve"]
@@ -102,7 +104,7 @@ def tune(
 
     def keep(step: int) -> None:
         kept = {"module": task.module.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "curve": curve}
-        torch.save(kept, state.with_suffix(".new"))
+        torch.save(kept | {"recipe": told}, state.with_suffix(".new"))
         state.with_suffix(".new").replace(state)
 
     step = first
