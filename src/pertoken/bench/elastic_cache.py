@@ -342,7 +342,7 @@ def speeds(bench: Bench, batch: int) -> dict[str, dict[str, Any]]:
             ]
             for name in names
         }
-        count, trial = ({1: 2, 8: 1}[batch], 0) if bench.quick else ({1: 15, 8: 8}[batch], 3)
+        count, trial = ({1: 2, 8: 1}[batch], 0) if bench.quick else {1: (15, 3), 8: (4, 1)}[batch]
         texts, about = list(long.prompts) * batch, diffusion.loaded(bench)
         batches = [about.batch(texts[batch * i : batch * (i + 1)]) for i in range(count)]
         bench.status(f"racing, batch {batch}")
