@@ -91,10 +91,11 @@ def readme(text: str, directory: Path) -> str:
                 record = claim["result"]
                 ratio = f"{record['ratio']:.2f}" if record["ratio"] is not None else "-"
                 outcome = "holds" if record["holds"] else "does not hold"
-                rows.append((claim["claim"], figure(record), ratio, record["metric"], outcome))
+                method = f"[{one['name']}](docs/methods/{one['name']}.md)"
+                rows.append((method, claim["claim"], figure(record), ratio, record["metric"], outcome))
     before, rest = text.split(START, 1)
     after = rest.split(END, 1)[1]
-    table = _table(("claim", "measured", "ratio", "unit", "outcome"), rows)
+    table = _table(("method", "claim", "measured", "ratio", "unit", "outcome"), rows)
     return f"{before}{START}\n{table if rows else 'Not measured yet.'}\n{END}{after}"
 
 
