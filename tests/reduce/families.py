@@ -13,8 +13,11 @@ from transformers import (
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
     LlamaConfig,
+    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextVideoConfig,
+    LlavaNextVideoForConditionalGeneration,
     MistralConfig,
     Qwen2Config,
     Qwen3Config,
@@ -25,6 +28,8 @@ from transformers import (
 )
 
 from pertoken.models.segmenter import PlainSegmenter, SegmenterConfig
+from pertoken.models.signature import signature
+from pertoken.reduce.expert import Expert, Setting
 
 SIZE, PATCH, LAYERS = 32, 4, 4
 COMMON = {
@@ -120,6 +125,53 @@ def prompts(side="left"):
         where = slice(width - len(given), width) if side == "left" else slice(0, len(given))
         ids[row, where], mask[row, where] = torch.tensor(given), 1
     return {"input_ids": ids, "attention_mask": mask, "pixel_values": images(3)}
+
+
+VIDEO = 59
+FRAMES = 6
+PLACES = FRAMES * PATCHES // 4
+
+
+def watcher(text="llama", tower="vit", layers=3):
+    """A tiny random LLaVA-NeXT-Video whose pooling leaves 16 of 64 patches a frame."""
+    torch.manual_seed(4)
+    config = LlavaNextVideoConfig(
+        vision_config={"vit": ViTConfig, "clip": CLIPVisionConfig}[tower](**COMMON),
+        text_config=TEXTS[text](**TEXT | {"num_hidden_layers": layers}),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        image_grid_pinpoints=[[SIZE, SIZE]],
+    )
+    return LlavaNextVideoForConditionalGeneration(config).eval()
+
+
+def clips(count=3, frames=FRAMES, seed=7):
+    """`[clip, frame, 3, size, size]`, from clips of one colour to clips of noise."""
+    return torch.stack([images(count, seed=seed + frame) for frame in range(frames)], 1)
+
+
+def clip_prompts(side="left", frames=FRAMES):
+    """Three ragged rows with a clip each: keyword arguments of a LLaVA-NeXT-Video."""
+    clip = [VIDEO] * (PLACES // FRAMES * frames)
+    rows = [[1, 5, *clip, 7, 8, 9], [1, *clip, 4], [1, 9, 6, 2, *clip, 11, 3]]
+    width = max(map(len, rows))
+    ids, mask = torch.zeros(3, width, dtype=torch.long), torch.zeros(3, width, dtype=torch.long)
+    for row, given in enumerate(rows):
+        where = slice(width - len(given), width) if side == "left" else slice(0, len(given))
+        ids[row, where], mask[row, where] = torch.tensor(given), 1
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values_videos": clips(frames=frames)}
+
+
+def expert(host, layer=1, seed=8, **settings):
+    """A tiny random expert for this host, whose descriptions end after a few words or not at all."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(**TEXT | {"vocab_size": 16, "hidden_size": 24, "num_hidden_layers": 2, "head_dim": 6})
+    known = {"prompt": (4, 5), "end": 3, "layer": layer, "span": 3, "pool": 2, "base": 1, "host": signature(host)}
+    made = Expert(LlamaForCausalLM(config), Setting(**known | settings), COMMON["hidden_size"], TEXT["hidden_size"])
+    with torch.no_grad():
+        for weight in made.project.parameters():
+            weight.normal_(0, 0.5)
+    return made.eval()
 
 
 def segmenter(family="vit", head="atm", classes=5):

@@ -4,6 +4,7 @@
 - *diffusion*: fills in a canvas in any order; `config.is_causal` is False, or its type is one of `FILLING`.
 - *insertion*: puts tokens in at any place; a `config.stop_token_id` besides.
 - *image*: encodes images; a family of `models.vision`, alone, under a head, or in front of a language model.
+- *video*: such an encoder of frames in front of a language model that watches clips.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ KINDS = {
     "diffusion": "fills in a canvas",
     "insertion": "inserts at any place",
     "image": "encodes images",
+    "video": "watches clips",
 }
 
 FILLING = ("diffusion_gemma",)
 SEEING = ("clip", "siglip", "llava", "pertoken_segmenter")  # what holds an image encoder
+WATCHING = ("llava_next_video",)
 
 
 def kind_of(model: Any) -> str:
@@ -29,6 +32,8 @@ def kind_of(model: Any) -> str:
     config = model.config
     if getattr(config, "model_type", None) in FILLING:
         return "diffusion"
+    if getattr(config, "model_type", None) in WATCHING:
+        return "video"
     if getattr(config, "model_type", None) in (*vision_families(), *SEEING):
         return "image"
     if getattr(config, "is_causal", True) is not False:

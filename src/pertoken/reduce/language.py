@@ -9,7 +9,8 @@ stands at position n, of N positions and U tokens:
 
 The cache holds U keys and values, which are turned when they are read. Outputs have N positions, as without. Tokens
 that were dropped stand nowhere; the others keep their positions. With `unmerge=None` the sequence is closed up: U
-tokens at positions 0 to U - 1, as if the image were so small.
+tokens at positions 0 to U - 1, as if the image were so small. Clips whose tokens are others than the model's own (`clips`)
+come in the same way: they take the first places of the clip, and the rest are dropped.
 """
 
 from __future__ import annotations
@@ -39,11 +40,16 @@ _numbers = itertools.count()
 
 
 class Seeing:
-    """One policy's reduced images in one language model. The attachment's state tells under `REPORT`, for each image of
-    the last forward that had some, the tokens that the language model got and those it would have had."""
+    """One policy's reduced images, or clips, in one language model.
 
-    def __init__(self, llava: Llava, reducing: Any, attachment: Attachment, unmerge: str | None):
-        self.llava, self.reducing, self.attachment, self.unmerge = llava, reducing, attachment, unmerge
+    source: in place of the model's own `get_image_features` or `get_video_features`: the encoder's output, features
+    `[image, place, width]` of every place, and `place` `[image, place]`, the token that stands there, -1 for none. The
+    attachment's state tells under `REPORT`, for each image of the last forward that had some, the tokens that the
+    language model got and those it would have had.
+    """
+
+    def __init__(self, llava: Llava, source: Callable[..., Any], attachment: Attachment, unmerge: str | None):
+        self.llava, self.source, self.attachment, self.unmerge = llava, source, attachment, unmerge
         self.name = f"pertoken_unmerged_{next(_numbers)}"
         self.places: Any = WeakTensorKeyDictionary()  # of each image's features, which generate hands on by themselves
         self.groups: Tensor | None = None
@@ -55,13 +61,14 @@ class Seeing:
 
         attachment, inner, text = self.attachment, self.llava.inner, self.llava.text
         attachment.set_item(ALL_ATTENTION_FUNCTIONS, self.name, self.attention)
-        own = inner.get_image_features
+        name = f"get_{self.llava.shown}_features"
+        own = getattr(inner, name)
 
         @functools.wraps(own)  # generate reads its signature
         def features(*args: Any, **kwargs: Any) -> Any:
             return self.features(*args, **kwargs) if attachment.enabled else own(*args, **kwargs)
 
-        attachment.set_attribute(inner, "get_image_features", features)
+        attachment.set_attribute(inner, name, features)
         attachment.wrap(inner, self.seeing)
         attachment.wrap(text.base, self.running)
         for module in text.attentions:
@@ -70,13 +77,14 @@ class Seeing:
     def seeing(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around the forward of encoder and language model: notes where the images are."""
         ids, encoded = kwargs.get("input_ids", args[0] if args else None), kwargs.get("mm_encoder_outputs") or {}
+        shown = self.llava.shown
         self.groups, self.spots = None, self.llava.spots(ids, kwargs.get("inputs_embeds"))
-        if encoded.get("image") is not None:
-            places = [self.places.get(image) for image in encoded["image"].pooler_output]
+        if encoded.get(shown) is not None:
+            places = [self.places.get(image) for image in encoded[shown].pooler_output]
             if any(place is None for place in places):
                 raise BadRequest(
-                    "image features were made without the policy, or cut into chunks after it; make them while it is "
-                    "attached, and read the prompt in one piece"
+                    f"{shown} features were made without the policy, or cut into chunks after it; make them while it "
+                    "is attached, and read the prompt in one piece"
                 )
             self.groups = torch.stack(places)
         try:
@@ -84,44 +92,18 @@ class Seeing:
         finally:
             self.groups = self.spots = None
 
-    def features(
-        self,
-        pixel_values: Tensor,
-        vision_feature_layer: Any = None,
-        vision_feature_select_strategy: str | None = None,
-        image_sizes: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """In place of the model's own: its features at every patch, those of a token at all of its places."""
+    def features(self, *args: Any, **kwargs: Any) -> Any:
+        """In place of the model's own: features at every place, those of a token at all of its places."""
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-        config = self.llava.config
-        if image_sizes is not None:
-            raise BadRequest("images of several sizes in one batch are not reduced; give them in batches of one size")
-        for given, usual in (
-            (vision_feature_layer, config.vision_feature_layer),
-            (vision_feature_select_strategy, config.vision_feature_select_strategy),
-        ):
-            if given not in (None, usual):
-                raise BadRequest(f"the policy was attached for what the config says ({usual!r}), got {given!r}")
-        output = self.llava.vision.base(pixel_values)
-        tokens, hidden = self.reducing.read()
-        skipped = self.llava.skipped
-        place = tokens.place[:, skipped:]
-        count = place.shape[1]
-        if tokens.total == tokens.place.numel():
-            found = self.llava.projected(hidden[:, skipped:])
-        else:
-            flat = self.llava.projected(hidden.reshape(tokens.total, -1))
-            found = flat[(tokens.starts[:, None] + place).clamp(min=0)]
-            found = found.masked_fill((place < 0)[..., None], 0)
+        output, found, place = self.source(*args, **kwargs)
         self.groups = place
         images = list(found)
         for image, own in zip(images, place, strict=True):
             self.places[image] = own
         kept = [len(row[row >= 0].unique()) for row in place]
-        self.attachment.state[REPORT] = {"kept": kept, "full": count}
-        return BaseModelOutputWithPooling(last_hidden_state=output.last_hidden_state, pooler_output=images)  # type: ignore[arg-type]
+        self.attachment.state[REPORT] = {"kept": kept, "full": place.shape[1]}
+        return BaseModelOutputWithPooling(last_hidden_state=output, pooler_output=images)  # type: ignore[arg-type]
 
     def leaders(self, valid: Tensor) -> Tensor:
         """`[row, token]` the first place of the token that stands at each place of this forward, -1 for none."""
@@ -133,8 +115,8 @@ class Seeing:
             row, place = (x.view(images, each) for x in self.spots.nonzero(as_tuple=True))
             if bool((row != row[:, :1]).any()):
                 raise BadRequest(
-                    f"an image's {each} places are spread over several rows; put {each} image tokens for each image "
-                    "into the text that it belongs to"
+                    f"the {each} places of one {self.llava.shown} are spread over several rows; put {each} "
+                    f"{self.llava.shown} tokens for each {self.llava.shown} into the text that it belongs to"
                 )
             slot = torch.where(self.groups >= 0, self.groups, each + self.llava.vision.prefix)
             inside = torch.arange(each, device=slot.device).expand(images, -1)
@@ -211,6 +193,42 @@ class Seeing:
         window = given.get("sliding_window")
         form = FORMS[self.unmerge]
         return form(query, key, value, book.columns, first, cos, sin, scale, window), None
+
+
+class ReducedImages:
+    """Features of images whose tokens an encoder's policy reduced: the source of `Seeing`. reducing: that policy's."""
+
+    def __init__(self, llava: Llava, reducing: Any):
+        self.llava, self.reducing = llava, reducing
+
+    def __call__(
+        self,
+        pixel_values: Tensor,
+        vision_feature_layer: Any = None,
+        vision_feature_select_strategy: str | None = None,
+        image_sizes: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, Tensor, Tensor]:
+        if image_sizes is not None:
+            raise BadRequest("images of several sizes in one batch are not reduced; give them in batches of one size")
+        usual(self.llava, vision_feature_layer, vision_feature_select_strategy)
+        output = self.llava.vision.base(pixel_values)
+        tokens, hidden = self.reducing.read()
+        skipped = self.llava.skipped
+        place = tokens.place[:, skipped:]
+        if tokens.total == tokens.place.numel():
+            return output.last_hidden_state, self.llava.projected(hidden[:, skipped:]), place
+        flat = self.llava.projected(hidden.reshape(tokens.total, -1))
+        found = flat[(tokens.starts[:, None] + place).clamp(min=0)]
+        return output.last_hidden_state, found.masked_fill((place < 0)[..., None], 0), place
+
+
+def usual(llava: Llava, layer: Any, strategy: str | None) -> None:
+    """Raise `BadRequest` where a call asks for other features than the model's configuration."""
+    config = llava.config
+    for given, own in ((layer, config.vision_feature_layer), (strategy, config.vision_feature_select_strategy)):
+        if given not in (None, own):
+            raise BadRequest(f"the policy was attached for what the config says ({own!r}), got {given!r}")
 
 
 def packed(leader: Tensor, positions: Tensor) -> tuple[Tensor, Book]:

@@ -37,7 +37,7 @@ from pertoken.core.policy import Policy, View
 from pertoken.models.attention import attention_configs, own_attention
 from pertoken.models.llava import Llava, sees_and_writes
 from pertoken.models.vision import VisionAdapter, vision_adapter_for
-from pertoken.reduce.language import FORMS, Seeing
+from pertoken.reduce.language import FORMS, ReducedImages, Seeing
 from pertoken.reduce.tokens import Tokens
 
 SITE, NAME = "reduce.tokens", "pertoken_reducing"
@@ -146,7 +146,8 @@ class Reduction(Policy):
         reducing = policy.mechanism(adapter, model, attachment)
         reducing.install()
         if sees_and_writes(model):
-            Seeing(Llava(model), reducing, attachment, policy.unmerge).install()
+            llava = Llava(model)
+            Seeing(llava, ReducedImages(llava, reducing), attachment, policy.unmerge).install()
 
     def mechanism(self, adapter: VisionAdapter, model: Any, attachment: Attachment) -> Reducing:
         """What carries its decisions out."""

@@ -7,7 +7,7 @@ frequent, so that images differ in how much there is to see.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ COLOURS = {
 }
 MOST = 6  # things in a scene
 PLACES = ("left", "right", "top", "bottom")
+WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "nowhere": (0, 0)}
 MEAN, SPREAD = 110.0, 60.0  # of pixels, for models
 
 
@@ -126,45 +127,147 @@ def scene(seed: int, size: int = 48, count: int | None = None) -> Scene:
     return drawn(back, placed(rng, size, wanted), rng)
 
 
+def place_of(thing: Thing, size: int) -> str | None:
+    """The side of the picture that a thing is nearest to, or None where it is near the middle."""
+    away = {"left": size / 2 - thing.x, "right": thing.x - size / 2}
+    away |= {"top": size / 2 - thing.y, "bottom": thing.y - size / 2}
+    nearest = max(away, key=lambda place: away[place])
+    return nearest if away[nearest] > size / 8 else None
+
+
 def questions(one: Scene) -> list[tuple[str, str]]:
-    """Questions about a scene that have one answer: of counts, colours and positions."""
-    size, found = len(one.labels), []
+    """Questions about a scene that have one answer: of counts, colours, shapes and positions."""
+    size, found = len(one.labels), [("how many things ?", str(len(one.things)))]
     for shape in SHAPES:
         own = [t for t in one.things if t.shape == shape]
         found.append((f"how many {shape}s ?", str(len(own))))
         if len(own) == 1:
-            (thing,) = own
-            found.append((f"what colour is the {shape} ?", thing.colour))
-            away = {"left": size / 2 - thing.x, "right": thing.x - size / 2}
-            away |= {"top": size / 2 - thing.y, "bottom": thing.y - size / 2}
-            if max(away.values()) > size / 8:
-                found.append((f"where is the {shape} ?", max(away, key=lambda place: away[place])))
+            found.append((f"what colour is the {shape} ?", own[0].colour))
+            if (place := place_of(own[0], size)) is not None:
+                found.append((f"where is the {shape} ?", place))
     for colour in COLOURS:
         own = [t for t in one.things if t.colour == colour]
         if len(own) == 1:
             found.append((f"what is {colour} ?", own[0].shape))
+            if (place := place_of(own[0], size)) is not None:
+                found.append((f"where is {colour} ?", place))
     return found
 
 
-def clip(seed: int, frames: int = 8, size: int = 32, count: int | None = None) -> tuple[list[Scene], str]:
-    """A clip of moving things, and what happens in it: a clause for each thing, so that busy clips have long
-    captions."""
-    if frames < 1:
-        raise BadRequest(f"frames={frames} is too few; a clip has at least 1")
-    rng = np.random.default_rng((seed, size, frames))
-    wanted = int(rng.integers(1, MOST + 1)) if count is None else count
-    back, things = ground(rng, size), placed(rng, size, wanted)
-    ways = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "": (0, 0)}
-    moves = [str(rng.choice(list(ways))) for _ in things]
-    speed, made = 0.3 * size / max(frames - 1, 1), []
-    for frame in range(frames):
-        moved = tuple(
-            Thing(t.shape, t.colour, t.x + frame * speed * ways[m][0], t.y + frame * speed * ways[m][1], t.radius)
-            for t, m in zip(things, moves, strict=True)
+def ordered(things: tuple[Thing, ...]) -> list[int]:
+    """Numbers of things in the order in which descriptions name them: by colour, then from left to right."""
+    names = list(COLOURS)
+    return sorted(range(len(things)), key=lambda i: (names.index(things[i].colour), things[i].x))
+
+
+def description(one: Scene) -> str:
+    """Colour, shape and place of every thing, without a word that says nothing."""
+    clauses = []
+    for number in ordered(one.things):
+        thing = one.things[number]
+        place = place_of(thing, len(one.labels))
+        clauses.append(f"{thing.colour} {thing.shape} {place} ." if place else f"{thing.colour} {thing.shape} .")
+    return " ".join(clauses) or "nothing ."
+
+
+@dataclass(frozen=True)
+class Clip:
+    """frames: scenes of the same things, those that move a little further in each; ways: for each segment of frames,
+    where each thing goes; each thing has a colour of its own."""
+
+    frames: tuple[Scene, ...]
+    ways: tuple[tuple[str, ...], ...]
+
+    @property
+    def things(self) -> tuple[Thing, ...]:
+        """As they stand in the first frame."""
+        return self.frames[0].things
+
+    def events(self, segment: int) -> int:
+        """How much there is to tell of a segment: its things, and those of them that move."""
+        return len(self.things) + sum(way != "nowhere" for way in self.ways[segment])
+
+    def description(self, segment: int) -> str:
+        """Colour and shape of every thing and where it goes, if it does, without a word that says nothing."""
+        clauses = []
+        for number in ordered(self.things):
+            thing, way = self.things[number], self.ways[segment][number]
+            clauses.append(f"{thing.colour} {thing.shape} ." if way == "nowhere" else f"{thing.colour} {thing.shape} {way} .")
+        return " ".join(clauses) or "nothing ."
+
+
+def clip(seed: int, frames: int = 8, size: int = 48, count: int | None = None, segments: int = 2) -> Clip:
+    """The clip of this seed. count: how many things, up to `MOST`; drawn from 1 to `MOST` if not given. In each of
+    `segments` runs of frames a thing goes one way, or nowhere, and never out of the picture."""
+    if segments < 1 or frames < segments or frames % segments:
+        raise BadRequest(
+            f"frames={frames} cannot be cut into segments={segments} of equal length; give a multiple of it, at least 1"
         )
-        made.append(drawn(back, moved, rng))
-    said = [f"a {t.colour} {t.shape} " + (f"moves {m}" if m else "rests") for t, m in zip(things, moves, strict=True)]
-    return made, " . ".join(said) + " ." if said else "nothing ."
+    if count is not None and not 0 <= count <= MOST:
+        raise BadRequest(f"count={count} is outside 0 to {MOST}; give how many things the clip shows")
+    rng = np.random.default_rng((seed, size, frames, segments))
+    wanted = int(rng.integers(1, MOST + 1)) if count is None else count
+    back, each, step = ground(rng, size), frames // segments, 0.06 * size
+    colours = rng.permutation(list(COLOURS))
+    things = tuple(
+        replace(thing, colour=str(colour)) for thing, colour in zip(placed(rng, size, wanted), colours, strict=False)
+    )
+    made, ways = [], []
+    for segment in range(segments):
+        far = step * (each if segment < segments - 1 else each - 1)
+        chosen = tuple(_way(rng, thing, far, size) for thing in things)
+        ways.append(chosen)
+        for _ in range(each):
+            made.append(drawn(back, things, rng))
+            things = tuple(
+                replace(t, x=t.x + step * WAYS[w][0], y=t.y + step * WAYS[w][1])
+                for t, w in zip(things, chosen, strict=True)
+            )
+    return Clip(tuple(made), tuple(ways))
+
+
+def _way(rng: np.random.Generator, thing: Thing, far: float, size: int) -> str:
+    """A way on which a thing stays in the picture for so many pixels."""
+    low, high = 0.6 * thing.radius, size - 0.6 * thing.radius
+    ends = {way: (thing.x + far * dx, thing.y + far * dy) for way, (dx, dy) in WAYS.items()}
+    return str(rng.choice([way for way, (x, y) in ends.items() if low <= x <= high and low <= y <= high]))
+
+
+def clip_questions(one: Clip) -> list[tuple[str, str]]:
+    """Questions about a clip that have one answer: of counts, colours, shapes and what moves where, first and then."""
+    found = [("how many things ?", str(len(one.things)))]
+    for shape in SHAPES:
+        own = [t for t in one.things if t.shape == shape]
+        found.append((f"how many {shape}s ?", str(len(own))))
+        if len(own) == 1:
+            found.append((f"what colour is the {shape} ?", own[0].colour))
+    for number, thing in enumerate(one.things):
+        found.append((f"what is {thing.colour} ?", thing.shape))
+        for when, segment in (("first", 0), ("then", len(one.ways) - 1)):
+            found.append((f"where does {thing.colour} go {when} ?", one.ways[segment][number]))
+    return found
+
+
+def kind_of_question(question: str) -> str:
+    """ "count", "colour", "shape", "place" or "way"."""
+    words = question.split()
+    if words[0] == "how":
+        return "count"
+    if words[0] == "where":
+        return "place" if words[1] == "is" else "way"
+    return "colour" if words[1] == "colour" else "shape"
+
+
+def balanced(pairs: list[tuple[str, str]], count: int, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Up to `count` of some questions with their answers, of all kinds in turn."""
+    kinds: dict[str, list[tuple[str, str]]] = {}
+    for number in rng.permutation(len(pairs)):
+        kinds.setdefault(kind_of_question(pairs[number][0]), []).append(pairs[number])
+    queues, found = [kinds[kind] for kind in rng.permutation(sorted(kinds))], []
+    while len(found) < count and queues:
+        queues = [queue for queue in queues if queue]
+        found += [queue.pop() for queue in queues[: count - len(found)]]
+    return found
 
 
 def as_input(scenes: list[Scene]) -> Tensor:

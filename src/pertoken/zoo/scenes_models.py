@@ -1,7 +1,8 @@
-"""Train a small segmenter and a small classifier on scenes, by `pertoken zoo train NAME --out DIRECTORY`.
+"""Train small models on scenes and clips, by `pertoken zoo train NAME --out DIRECTORY`.
 
 A run goes on from its directory, as those of the text models do. The segmenter is trained as DToP's paper says: all
-heads first, with nothing finalised, then a shorter fine-tuning with DToP attached at the recipe's threshold.
+heads first, with nothing finalised, then a shorter fine-tuning with DToP attached at the recipe's threshold. Models that
+answer are those of `seeing`; their matrices are trained by Muon.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,41 +24,29 @@ from transformers import ViTConfig, ViTForImageClassification
 from pertoken.core.attach import attach
 from pertoken.models.segmenter import PlainSegmenter, SegmenterConfig, mean_iou
 from pertoken.reduce.dtop import DToP
+from pertoken.zoo import seeing, watching, words
+from pertoken.zoo.scene_recipe import (
+    ANSWERS,
+    CLASSIFIES,
+    DESCRIBES,
+    HELD,
+    SEGMENTS,
+    SHOWN_WORDS,
+    WATCHES,
+    SceneRecipe,
+)
 from pertoken.zoo.scenes import COLOURS, SHAPES, batch
-
-HELD = 10**9  # scenes of this seed and above are never trained on
-SEGMENTS, CLASSIFIES = "segmenter", "classifier"
-
-
-@dataclass(frozen=True)
-class SceneRecipe:
-    """task: "segmenter" or "classifier"; start: the model whose weights a run begins with; threshold: DToP's while
-    training, 1 for without; ends: layers with a head. Scenes of `size` pixels in patches of `patch`."""
-
-    task: str
-    steps: int
-    start: str | None = None
-    threshold: float = 1.0
-    keep: int = 5
-    layers: int = 6
-    width: int = 64
-    heads: int = 4
-    ends: tuple[int, ...] = (1, 3, 5)
-    size: int = 48
-    patch: int = 6
-    batch: int = 32
-    lr: float = 2e-3
-    weight_decay: float = 0.05
-    warmup: int = 50
-    seed: int = 20261124
-    save_every: int = 100
-
 
 SCENE_RECIPES = {
     "scenes-segmenter": SceneRecipe(SEGMENTS, 600),
     "scenes-segmenter-dtop": SceneRecipe(SEGMENTS, 150, start="scenes-segmenter", threshold=0.95, lr=5e-4),
-    "scenes-classifier": SceneRecipe(CLASSIFIES, 300),
+    "scenes-classifier": SceneRecipe(CLASSIFIES, 600),
+    "scenes-answerer": SceneRecipe(ANSWERS, 1200, start="scenes-segmenter", lr=3e-3),
+    "clips-describer": SceneRecipe(DESCRIBES, 500, start="scenes-answerer", batch=16, lr=3e-3),
+    "clips-watcher": SceneRecipe(WATCHES, 500, start="scenes-answerer", batch=16, lr=3e-3),
+    "clips-langdc": SceneRecipe(SHOWN_WORDS, 500, start="clips-watcher+clips-describer", batch=16, lr=2e-3),
 }
+LABELS = (SEGMENTS, CLASSIFIES)  # tasks without language
 
 
 def made(recipe: SceneRecipe) -> Any:
@@ -71,18 +60,33 @@ def made(recipe: SceneRecipe) -> Any:
         image_size=recipe.size,
         patch_size=recipe.patch,
     )
+    if recipe.task == ANSWERS:
+        return seeing.made(recipe, config)
+    if recipe.task not in LABELS:
+        return watching.Both(recipe, config)
     if recipe.task == SEGMENTS:
         return PlainSegmenter(SegmenterConfig(config, recipe.ends, 1 + len(SHAPES), head="linear"))
     config.num_labels = len(SHAPES) * len(COLOURS)
     return ViTForImageClassification(config)
 
 
-def kind(recipe: SceneRecipe) -> Any:
-    return PlainSegmenter if recipe.task == SEGMENTS else ViTForImageClassification
+def begun(model: Any, recipe: SceneRecipe, paths: list[str]) -> Any:
+    """The model, with what those at `paths` have learnt."""
+    if recipe.task in LABELS:
+        return type(model).from_pretrained(paths[0])
+    if recipe.task == ANSWERS:
+        seeing.begun(model, paths[0])
+    else:
+        watching.begun(model, paths)
+    return model
 
 
 def loss_of(model: Any, recipe: SceneRecipe, first: int) -> torch.Tensor:
     """Loss of the batch of scenes from seed `first` on."""
+    if recipe.task == ANSWERS:
+        return seeing.loss(model, recipe, first)
+    if recipe.task not in LABELS:
+        return watching.loss(model, recipe, first)
     pixels, labels, classes = batch(first, recipe.batch, recipe.size)
     if recipe.task == SEGMENTS:
         return model(pixels, labels=labels).loss
@@ -90,10 +94,14 @@ def loss_of(model: Any, recipe: SceneRecipe, first: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def quality(model: Any, recipe: SceneRecipe, count: int = 256) -> float:
+def quality(model: Any, recipe: SceneRecipe, count: int = 256) -> Any:
     """Mean intersection over union, or share of right answers, on `count` scenes that are never trained on; with
-    whatever is attached to the model."""
+    whatever is attached to the model. Of models with language, figures by name."""
     model.eval()
+    if recipe.task == ANSWERS:
+        return seeing.quality(model, recipe, count)
+    if recipe.task not in LABELS:
+        return watching.quality(model, recipe, count)
     found, wanted = [], []
     for first in range(HELD, HELD + count, recipe.batch):
         pixels, labels, classes = batch(first, min(recipe.batch, HELD + count - first), recipe.size)
@@ -116,21 +124,30 @@ class SceneRun:
         self.name, self.directory, self.recipe = name, directory, recipe
         self.model: Any = made(recipe)
         if recipe.start is not None:
-            self.model = kind(recipe).from_pretrained(self._start())
-        self.optimizer = torch.optim.AdamW(self._groups(), lr=recipe.lr, betas=(0.9, 0.99), fused=True)
+            self.model = begun(self.model, recipe, self._starts())
+        self.optimizers = self._optimizers()
         self.step, self.seconds, self.curve = 0, 0.0, []
 
-    def _start(self) -> str:
+    def _starts(self) -> list[str]:
         from pertoken.zoo import model_path
 
         assert self.recipe.start is not None
-        own = self.directory.parent / self.recipe.start / "model"
-        return str(own if own.exists() else model_path(self.recipe.start))
+        names = self.recipe.start.split("+")
+        own = [self.directory.parent / name / "model" for name in names]
+        return [str(path if path.exists() else model_path(name)) for path, name in zip(own, names, strict=True)]
 
-    def _groups(self) -> list[dict[str, Any]]:
-        matrices = [p for p in self.model.parameters() if p.ndim > 1]
-        rest = [p for p in self.model.parameters() if p.ndim <= 1]
-        return [{"params": matrices, "weight_decay": self.recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        recipe = self.recipe
+        own = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        by_muon = {id(p) for name, p in own if recipe.task not in LABELS and p.ndim == 2 and "embed" not in name}
+        decayed = [p for _, p in own if p.ndim > 1 and id(p) not in by_muon]
+        rest = [p for _, p in own if p.ndim <= 1]
+        groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        made: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.99), fused=True)]
+        if by_muon:
+            matrices = [p for _, p in own if id(p) in by_muon]
+            made.append(torch.optim.Muon(matrices, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"))
+        return made
 
     def resume(self) -> bool:
         """Go on from what the directory holds; whether it held something."""
@@ -141,7 +158,8 @@ class SceneRun:
         if kept["recipe"] != json.dumps(asdict(self.recipe)):
             raise ValueError(f"{path} is of another recipe; give another --out, or delete it to begin again")
         self.model.load_state_dict(kept["model"])
-        self.optimizer.load_state_dict(kept["optimizer"])
+        for optimizer, state in zip(self.optimizers, kept["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         self.step, self.seconds, self.curve = kept["step"], kept["seconds"], kept["curve"]
         return True
 
@@ -151,7 +169,7 @@ class SceneRun:
         state = {
             "recipe": json.dumps(asdict(self.recipe)),
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
             "seconds": self.seconds,
             "curve": self.curve,
@@ -169,13 +187,14 @@ class SceneRun:
         with attach(self.model, policy, training=True) if recipe.threshold < 1 else nullcontext():
             try:
                 while self.step < stop:
-                    for group in self.optimizer.param_groups:
+                    for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
                         group["lr"] = recipe.lr * rate(self.step, recipe)
                     loss = loss_of(self.model, recipe, recipe.seed + self.step * recipe.batch)
-                    self.optimizer.zero_grad()
+                    self.model.zero_grad()
                     loss.backward()
                     nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-                    self.optimizer.step()
+                    for optimizer in self.optimizers:
+                        optimizer.step()
                     self.step += 1
                     now = float(loss.detach())
                     mean = now if math.isnan(mean) else 0.95 * mean + 0.05 * now
@@ -190,7 +209,13 @@ class SceneRun:
     def export(self) -> Path:
         """Write the model in Hugging Face format with its held-out figure; returns the directory."""
         path = self.directory / "model"
-        self.model.eval().save_pretrained(path)
+        self.model.eval()
+        if self.recipe.task in LABELS:
+            self.model.save_pretrained(path)
+        else:
+            self.model.to(torch.bfloat16).save_pretrained(path)
+            words.save(path)
+            self.model.to(torch.float32)
         figure = {"held_out": quality(self.model, self.recipe), "steps": self.step, "seconds": round(self.seconds)}
         (path / "training.json").write_text(json.dumps(figure, indent=1) + "\n", encoding="utf-8")
         return path

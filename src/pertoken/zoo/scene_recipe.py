@@ -1,0 +1,42 @@
+"""How a model is trained on scenes: one frozen recipe each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+HELD = 10**9  # scenes of this seed and above are never trained on
+SEGMENTS, CLASSIFIES, ANSWERS = "segmenter", "classifier", "answerer"
+WATCHES, DESCRIBES, SHOWN_WORDS = "watcher", "describer", "shown words"
+
+
+@dataclass(frozen=True)
+class SceneRecipe:
+    """task: "segmenter", "classifier" or "answerer", a LLaVA; of clips "watcher", a LLaVA-NeXT-Video, "describer", the
+    expert of LangDC, and "shown words", both together; start: the models whose weights a run begins with, by name with
+    "+" between; threshold: DToP's while training, 1 for without; ends: layers with a head. Scenes of `size` pixels in
+    patches of `patch`. text_layers, text_width: of a language model; questions: of each scene or clip in a batch;
+    even: words of every description, whatever there is to tell, 0 for as many as there are; clips: how many different
+    ones are watched again and again, a multiple of the batch."""
+
+    task: str
+    steps: int
+    start: str | None = None
+    threshold: float = 1.0
+    keep: int = 5
+    layers: int = 6
+    width: int = 64
+    heads: int = 4
+    ends: tuple[int, ...] = (1, 3, 5)
+    text_layers: int = 4
+    text_width: int = 96
+    questions: int = 6
+    even: int = 0
+    clips: int = 4096
+    size: int = 48
+    patch: int = 6
+    batch: int = 32
+    lr: float = 2e-3
+    weight_decay: float = 0.05
+    warmup: int = 50
+    seed: int = 20261124
+    save_every: int = 100
