@@ -49,10 +49,12 @@ class Recipe:
     add `unlikelihood_scale` times sequence-level unlikelihood, at rates that fall from `unlikelihood_lr` times the
     peak; the weights exported are those before that stage plus `extrapolate` times the way from there to the mean of
     the weights saved in its second half. `start` names the zoo model whose weights the run begins with (its first
-    layers, where this one has fewer). `objective` is a name of `zoo.train.OBJECTIVES`. Of the rows of
-    `zoo.rows` the share `answers` are prompts with answers, and of these the share `tests` functions with unit tests.
-    `lengths`: rows of `zoo.recalling` are of the first of these (length, share of the steps) whose share is not yet
-    over, and then of `length`. `layers`: see `zoo.layers`; `keys`: the budget of those that choose keys.
+    layers, where this one has fewer). `tokenizer` names the zoo model whose tokenizer a run takes that has neither a
+    teacher nor a start; without one the first run of a directory makes its own. `objective` is a name of
+    `zoo.train.OBJECTIVES`. Of the rows of `zoo.rows` the share `answers` are prompts with answers, and of these the
+    share `tests` functions with unit tests. `lengths`: rows of `zoo.recalling` are of the first of these (length, share
+    of the steps) whose share is not yet over, and then of `length`. `layers`: see `zoo.layers`; `keys`: the budget of
+    those that choose keys.
     """
 
     shape: Shape
@@ -68,6 +70,7 @@ class Recipe:
     layer_dropout: float = 0.0
     teacher: str | None = None
     start: str | None = None
+    tokenizer: str | None = None
     objective: str = "next_token"
     answers: float = 0.4
     tests: float = 0.3
@@ -120,6 +123,7 @@ def _answering(objective: str, start: str, batch: int = 20, length: int = 192) -
 RECALL = Recipe(
     Shape(layers=4, width=128, heads=4, kv_heads=2, ffn=256, positions=32_768, rope_theta=1e10),
     objective="recall",
+    tokenizer="code-target",
     steps=2000,
     batch=1,
     length=2048,
@@ -138,6 +142,8 @@ RECALL_LONG = replace(
     seed=RECALL.seed + 1,
 )
 """Their second stage."""
+RECALL_FEW = replace(RECALL_LONG, start="recall", steps=600, lengths=(), keys=256)
+"""What goes on from there with few keys, by models that differ in their layers."""
 ASSOCIATING = replace(
     RECALL, steps=1200, length=512, lengths=((32, 0.2), (64, 0.35), (128, 0.5), (256, 0.75)), evaluate_every=300
 )
@@ -145,6 +151,7 @@ ASSOCIATING = replace(
 READING = Recipe(
     Shape(layers=4, width=128, heads=4, kv_heads=2, ffn=256),
     objective="causal",
+    tokenizer="code-target",
     steps=700,
     batch=6,
     evaluate_every=200,
@@ -199,7 +206,8 @@ class Zoo:
             ),
             "recall-base": RECALL,
             "recall": RECALL_LONG,
-            "recall-dma": replace(RECALL_LONG, start="recall", steps=600, lengths=(), layers="dynamic_mask", keys=256),
+            "recall-dma": replace(RECALL_FEW, layers="dynamic_mask"),
+            "recall-window": replace(RECALL_FEW, layers="window"),
             "associating": ASSOCIATING,
             "associating-dma": replace(ASSOCIATING, layers="dynamic_mask", keys=64),
             "associating-window": replace(ASSOCIATING, layers="window", keys=64),

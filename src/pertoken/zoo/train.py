@@ -73,11 +73,12 @@ class RunInterrupted(Exception):
 
 
 def make_tokenizer(directory: Path, recipe: Recipe) -> Tokenizer:
-    """The tokenizer in `directory`; if there is none yet, the packaged teacher's or else a new one is put there."""
+    """The tokenizer in `directory`; if there is none yet, that of the packaged model that the recipe names, or else a
+    new one, is put there."""
     path = directory / "tokenizer.json"
     if not path.exists():
         directory.mkdir(parents=True, exist_ok=True)
-        if (parent := recipe.teacher or recipe.start) is not None:
+        if (parent := recipe.teacher or recipe.start or recipe.tokenizer) is not None:
             shutil.copy(model_path(parent) / "tokenizer.json", path)
         else:
             corpus.train_tokenizer(list(corpus.split_texts("train").values()), recipe.shape.vocab).save(str(path))
