@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -244,7 +245,7 @@ def test_a_budget_and_a_bias_make_descriptions_shorter(model, small):
             logits(model, given)
             counts.append(attached.state[REPORT]["kept"])
     assert counts[0] == [FRAMES + 2 * LIMIT] * 3 and counts[-1] == [FRAMES + 2] * 3
-    assert all(a >= b for one, other in zip(counts, counts[1:], strict=False) for a, b in zip(one, other, strict=True))
+    assert all(a >= b for one, other in itertools.pairwise(counts) for a, b in zip(one, other, strict=True))
     with attach(model, LangDC(Budget(tokens=FRAMES + 7), expert=small, end_bias=-50.0)) as attached:
         logits(model, given)
         assert attached.state[REPORT] == {"kept": [FRAMES + 6] * 3, "full": PLACES}
@@ -343,9 +344,10 @@ def test_bad_input_is_refused_in_a_sentence(model, small, tmp_path):
         with pytest.raises(BadRequest, match="the first forward"):
             longer = torch.cat([torch.ones(3, 1, dtype=torch.long), given["attention_mask"]], 1)
             model(**given | {"attention_mask": longer}, past_key_values=begun.past_key_values)
-    with torch.inference_mode(), attach(model, LangDC(Budget(tokens=FRAMES + 1), expert=small)):
-        with pytest.raises(BadRequest, match=f"tokens={FRAMES + 2}"):
-            model(**given)
+    scarce = LangDC(Budget(tokens=FRAMES + 1), expert=small)
+    wanted = pytest.raises(BadRequest, match=f"tokens={FRAMES + 2}")
+    with torch.inference_mode(), attach(model, scarce), wanted:
+        model(**given)
     for wrong in (llava(), encoder("vit"), model.model.language_model):
         with pytest.raises(BadRequest, match="LLaVA-NeXT-Video"), attach(wrong, LangDC(expert=small)):
             pass

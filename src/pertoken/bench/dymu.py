@@ -1,5 +1,5 @@
 """Claims of DyMU: counts that follow the image and the budget, dynamic merging and unmerging apart, the compact
-cache."""
+cache, and answers of a trained model with merging and unmerging switched apart."""
 
 from __future__ import annotations
 
@@ -15,10 +15,15 @@ from pertoken.core.budget import Budget
 from pertoken.reduce.compact import CompactLayer
 from pertoken.reduce.dymu import DyMU
 from pertoken.reduce.language import REPORT
+from pertoken.reduce.random_pruning import RandomPruning
 from pertoken.reduce.thresholds import Thresholds, calibrate
 from pertoken.reduce.tome import ToMe
+from pertoken.zoo import model_path, seeing
+from pertoken.zoo.scenes_models import SCENE_RECIPES
 
+ANSWERER = "scenes-answerer"
 SHARE = 0.4
+FEW = 0.15
 HALF = Budget(fraction=SHARE)
 
 
@@ -169,3 +174,98 @@ def unmerging_is_nearer(bench: Bench) -> Measurement:
                 ours = model(**inputs).logits[text].log_softmax(-1)
             distance[unmerge] = float((dense.exp() * (dense - ours)).sum(-1).mean())
     return Measurement(distance["fast"], "closed up", distance[None], int(text.sum()), {"weights": "random"})
+
+
+def answerer(bench: Bench) -> tuple[Any, Thresholds]:
+    """The zoo's model that answers questions about scenes, and thresholds for its encoder."""
+
+    def make() -> tuple[Any, Thresholds]:
+        from transformers import LlavaForConditionalGeneration
+
+        model = LlavaForConditionalGeneration.from_pretrained(model_path(ANSWERER), dtype=torch.float32).eval()
+        return model, calibrate(model, pictures.others(bench), fractions=(FEW, SHARE))
+
+    return bench.shared("answerer", make)
+
+
+def answers(bench: Bench, policy: Any = None) -> dict[str, float]:
+    """Shares of right answers about held-out scenes, all and by kind of question, and mean tokens of the last 64."""
+    model, _ = answerer(bench)
+    count = 64 if bench.quick else 512
+
+    def work() -> dict[str, float]:
+        if policy is None:
+            return {"tokens": 64.0, **seeing.quality(model, SCENE_RECIPES[ANSWERER], count)}
+        with attach(model, policy) as attached:
+            found = seeing.quality(model, SCENE_RECIPES[ANSWERER], count)
+            kept = attached.state[REPORT]["kept"]  # of the last batch
+        return {"tokens": sum(kept) / len(kept), **found}
+
+    return bench.shared(("answers", policy), work)
+
+
+def apart(bench: Bench, share: float) -> dict[str, dict[str, float]]:
+    """Answers with ToMe's merging and DyMU's, each with virtual unmerging and without, and with neither."""
+    _, known = answerer(bench)
+    budget = Budget(fraction=share)
+    found = {"dense": answers(bench)}
+    for name, unmerge in (("unmerged", "fast"), ("closed up", None)):
+        found[f"tome, {name}"] = answers(bench, ToMe(budget, unmerge=unmerge))
+        found[f"dymu, {name}"] = answers(bench, DyMU(budget, known, unmerge=unmerge))
+    return found | {"random_pruning": answers(bench, RandomPruning(budget))}
+
+
+def mean(found: dict[str, dict[str, float]], *names: str) -> float:
+    return sum(found[name]["all"] for name in names) / len(names)
+
+
+def table(bench: Bench) -> dict[float, dict[str, dict[str, float]]]:
+    return {share: apart(bench, share) for share in (FEW, SHARE)}
+
+
+@claim(
+    "dymu",
+    claim="A trained model answers more with virtual unmerging than with the sequence closed up, whatever merged",
+    metric="share of right answers at 15 % of the tokens, mean of ToMe's and DyMU's merging",
+    expected="> 1",
+)
+def unmerging_answers(bench: Bench) -> Measurement:
+    found = table(bench)
+    value, closed = (mean(found[FEW], f"tome, {name}", f"dymu, {name}") for name in ("unmerged", "closed up"))
+    return Measurement(value, "closed up", closed, 64 if bench.quick else 512, {"answers": found})
+
+
+@claim(
+    "dymu",
+    claim="With unmerging on for both, dynamic merging answers about as much as ToMe's equal counts",
+    metric="share of right answers, mean over 15 % and 40 % of the tokens",
+    expected=">= 0.97",
+)
+def merging_answers(bench: Bench) -> Measurement:
+    found = table(bench)
+    dymu, tome = (sum(found[s][f"{name}, unmerged"]["all"] for s in found) / 2 for name in ("dymu", "tome"))
+    return Measurement(dymu, "tome", tome, 64 if bench.quick else 512, {"answers": found})
+
+
+@claim(
+    "dymu",
+    claim="At 40 % of the tokens, merged and unmerged, a trained model answers nearly as much as with all of them",
+    metric="share of right answers",
+    expected=">= 0.95",
+)
+def answers_like_dense(bench: Bench) -> Measurement:
+    found = table(bench)[SHARE]
+    value, dense = found["dymu, unmerged"]["all"], found["dense"]["all"]
+    return Measurement(value, "dense", dense, 64 if bench.quick else 512, {"answers": found})
+
+
+@claim(
+    "dymu",
+    claim="It answers more than with as many patches left by lot",
+    metric="share of right answers at 15 % of the tokens",
+    expected="> 1",
+)
+def answers_above_random(bench: Bench) -> Measurement:
+    found = table(bench)[FEW]
+    value, lot = found["dymu, unmerged"]["all"], found["random_pruning"]["all"]
+    return Measurement(value, "random_pruning", lot, 64 if bench.quick else 512, {"answers": found})

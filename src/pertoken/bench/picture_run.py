@@ -18,7 +18,7 @@ from pertoken.core.card import card
 from pertoken.core.cost import count_flops, timed
 from pertoken.core.errors import BadRequest
 from pertoken.methods import load_methods
-from pertoken.models.images import ImageModel, pictures_in, read_picture
+from pertoken.models.images import ImageModel, pictures_in, read_frames
 from pertoken.reduce.reduction import TOKENS
 from pertoken.reduce.thresholds import Thresholds, calibrate
 from pertoken.reduce.tokens import Tokens
@@ -66,20 +66,21 @@ def look(
     device: str = "cpu",
     status: Callable[[str], None] = lambda text: None,
 ) -> Looks:
-    """Encode the pictures at `source` (a file or a folder) densely and with every named method attached."""
+    """Encode the pictures at `source` (a file or a folder) densely and with every named method attached. An animation
+    is one picture for each frame, drawn as a strip."""
     load_methods()
     for name in names:
         if "image" not in card(name).needs:
             raise BadRequest(
                 f"{name} does not work on images; those that do have question 'reduce' in `pertoken methods`"
             )
-    paths = pictures_in(source)
-    read = [read_picture(path) for path in paths]
+    files = {path: read_frames(path) for path in pictures_in(source)}
+    read = [frame for frames in files.values() for frame in frames]
     status(f"loading {model_name}")
     host = ImageModel(model_name, dtype, "cuda" if device == "auto" and torch.cuda.is_available() else "cpu")
     sized = [host.sized(picture) for picture in read]
     pixels = host.inputs(sized)
-    found = Looks(model_name, [str(path) for path in paths])
+    found = Looks(model_name, [str(path) for path, frames in files.items() for _ in frames])
     dense: Tensor | None = None
     base = 0.0
     for name in [DENSE, *names]:
@@ -92,11 +93,14 @@ def look(
         sizes, counts = regions_of(tokens, host)
         found.sides.append(Look(name, seconds, flops, base / seconds, counts, sizes, same, measure))
         if tokens is not None:
-            texts = [
-                f"{path.name}: {count} of {np.prod(host.grid)} tokens left"
-                for path, count in zip(paths, counts, strict=True)
-            ]
-            found.drawn += [(name, *pair) for pair in zip(texts, pictures(tokens, host, sized), strict=True)]
+            place = tokens.place[:, tokens.prefix :].cpu().numpy().reshape(len(read), *host.grid)
+            start = 0
+            for path, frames in files.items():
+                part = slice(start, start + len(frames))
+                left = ", ".join(map(str, counts[part]))
+                text = f"{path.name}: {left} of {np.prod(host.grid)} tokens left"
+                found.drawn.append((name, text, drawing(sized[part], place[part])))
+                start += len(frames)
     return found
 
 
@@ -159,9 +163,11 @@ def regions_of(tokens: Tokens | None, host: ImageModel) -> tuple[list[list[int]]
     return merged, [count - tokens.prefix for count in tokens.counts]
 
 
-def pictures(tokens: Tokens, host: ImageModel, sized: list[np.ndarray]) -> list[Any]:
-    """The regions of each picture, drawn."""
-    from pertoken.view.regions import regions
+def drawing(sized: list[np.ndarray], place: np.ndarray) -> Any:
+    """The regions of a picture, or of the frames of a strip. place `[frame, rows, columns]`."""
+    from pertoken.view.regions import halves, regions
+    from pertoken.view.strip import strip
 
-    place = tokens.place[:, tokens.prefix :].cpu().numpy()
-    return [regions(pixels, one.reshape(host.grid)) for pixels, one in zip(sized, place, strict=True)]
+    if len(sized) == 1:
+        return regions(sized[0], place[0])
+    return strip(list(zip(*(halves(*pair, width=160) for pair in zip(sized, place, strict=True)), strict=True)))

@@ -26,18 +26,40 @@ def pictures_in(path: Path) -> list[Path]:
 
 
 def read_picture(path: Path) -> np.ndarray:
-    """`[height, width, 3]` uint8: turned upright, grey made RGB, what is transparent on white."""
+    """`[height, width, 3]` uint8: turned upright, grey made RGB, what is transparent on white; of an animation the
+    first frame."""
+    return read_frames(path, 1)[0]
+
+
+def read_frames(path: Path, most: int = 0) -> list[np.ndarray]:
+    """Each frame of an animated picture, or the one of a still, as `read_picture` gives it; `most`: up to so many."""
     try:
-        from PIL import Image, ImageOps, UnidentifiedImageError
+        from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
     except ImportError as error:
         raise BadRequest("reading pictures needs pillow; install pertoken[vision]") from error
+    found = []
     try:
         with Image.open(path) as opened:
-            upright = ImageOps.exif_transpose(opened).convert("RGBA")
+            for frame in ImageSequence.Iterator(opened):
+                upright = ImageOps.exif_transpose(frame).convert("RGBA")
+                white = Image.new("RGBA", upright.size, (255, 255, 255, 255))
+                found.append(np.asarray(Image.alpha_composite(white, upright).convert("RGB")))
+                if len(found) == most:
+                    break
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
         raise BadRequest(f"{path} cannot be read as a picture ({error}); give another file") from error
-    white = Image.new("RGBA", upright.size, (255, 255, 255, 255))
-    return np.asarray(Image.alpha_composite(white, upright).convert("RGB"))
+    return found
+
+
+def read_clip(path: Path, frames: int) -> list[np.ndarray]:
+    """Up to `frames` frames of a clip, at equal distances: an animated picture, or a folder of pictures of one size in
+    the order of their names."""
+    found = [frame for one in pictures_in(path) for frame in read_frames(one)]
+    if len({frame.shape for frame in found}) > 1:
+        sizes = sorted({f"{frame.shape[1]} x {frame.shape[0]}" for frame in found})
+        raise BadRequest(f"the frames at {path} have several sizes ({', '.join(sizes[:3])}); give those of one clip")
+    count = min(frames, len(found))
+    return [found[round(i * (len(found) - 1) / max(count - 1, 1))] for i in range(count)]
 
 
 class ImageModel:

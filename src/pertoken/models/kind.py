@@ -23,7 +23,7 @@ KINDS = {
 }
 
 FILLING = ("diffusion_gemma",)
-SEEING = ("clip", "siglip", "llava", "pertoken_segmenter")  # what holds an image encoder
+SEEING = ("clip", "siglip", "llava", "pertoken_segmenter", "pertoken_grid")  # what holds an image encoder
 WATCHING = ("llava_next_video",)
 
 

@@ -25,7 +25,9 @@ def sees_and_writes(model: Any) -> bool:
 
 def watches_and_writes(model: Any) -> bool:
     """Whether a model is one that clips are shown to."""
-    return getattr(getattr(model, "config", None), "model_type", None) == "llava_next_video" and hasattr(model, "lm_head")
+    return getattr(getattr(model, "config", None), "model_type", None) == "llava_next_video" and hasattr(
+        model, "lm_head"
+    )
 
 
 class Text:

@@ -32,11 +32,12 @@ SITE = "reduce.clips"
 @dataclass(frozen=True)
 class Offer:
     """tokens `[clip, candidate, width]`; valid `[clip, candidate]` bool; signals: tensors `[clip, candidate]` that a
-    policy decides by."""
+    policy decides by; notes: what else the attachment's state should tell of the last clips."""
 
     tokens: Tensor
     valid: Tensor
     signals: dict[str, Tensor] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, tokens: Tensor) -> Offer:
@@ -109,6 +110,7 @@ class Watching:
         else:
             most = self.policy.budget.count(places)
             offer = self.policy.offer(self.llava, states, most, self.attachment.replaying)
+        self.attachment.state.update(offer.notes)
         view = View(valid=offer.valid, layers=0, signals=offer.signals)
         decision = self.attachment.decide(SITE, view)
         assert isinstance(decision, Keep)

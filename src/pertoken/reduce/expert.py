@@ -28,7 +28,7 @@ FORMAT, PARTS, ABOUT = "pertoken-langdc-1", "parts.safetensors", "langdc.json"
 
 @dataclass(frozen=True)
 class Setting:
-    """prompt: ids of the request to describe; end: id that ends a description; layer: whose states stand for the clip,
+    """prompt: ids of the request to describe; end: id that ends a description; layer: whose states stand for a clip,
     0 for embeddings; span: frames of a segment; pool: cells a side that the expert sees of a frame; base: cells a side
     of each frame that the host sees besides, 0 for none; host: signature of the model that these parts were trained
     for."""
@@ -102,9 +102,7 @@ class Expert(nn.Module):
             logits[:, end] += end_bias
             return logits.argmax(-1)
 
-        out = self.language(
-            inputs_embeds=self.given(segments), past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
+        out = self.language(inputs_embeds=self.given(segments), past_key_values=cache, use_cache=True, logits_to_keep=1)
         ids, written, hidden = [], [], []
         token = following(out)
         open_ = token != end
@@ -152,6 +150,7 @@ class Expert(nn.Module):
     def save(self, directory: str | Path, host: Any) -> None:
         """Write the expert in Hugging Face format and, beside it, what makes its states tokens of this host."""
         place = Path(directory)
+        place.mkdir(parents=True, exist_ok=True)
         self.language.save_pretrained(place)
         parts = {k: v.contiguous().clone() for k, v in self.state_dict().items() if not k.startswith("language.")}
         save_file(parts, place / PARTS)
@@ -180,6 +179,6 @@ class Expert(nn.Module):
         except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError, RuntimeError) as error:
             raise BadRequest(
                 f"{place} holds no parts of LangDC ({str(error).splitlines()[0]}); give a directory that Expert.save "
-                "wrote, or zoo:clips-langdc"
+                "wrote, or zoo:clips-langdc/langdc"
             ) from error
         return made.to(dtype).eval()

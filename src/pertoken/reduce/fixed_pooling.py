@@ -1,5 +1,5 @@
-"""Fixed pooling: every clip gets as many tokens, means over the cells of a grid on each frame. The baseline for policies
-whose tokens follow the clip.
+"""Fixed pooling: every clip gets as many tokens, means over the cells of a grid on each frame. The baseline for
+policies whose tokens follow the clip.
 
 With a budget of n tokens for a clip of F frames, the grid has rows and columns that differ by at most a factor of two,
 and as many cells as F times their number stays within n; at least one.

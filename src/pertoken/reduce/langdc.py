@@ -40,6 +40,7 @@ from pertoken.reduce.clips import Clips, Offer, pooled_to
 from pertoken.reduce.expert import Expert
 
 WRITTEN, FIRST = "written", "first"  # of candidates: a description's own; those that always stay
+SAID = "descriptions"  # in the attachment's state: of each clip of the last forward, ids of each segment's description
 
 
 @method(
@@ -71,7 +72,7 @@ class LangDC(Clips):
         if self.expert is None:
             raise BadRequest(
                 "LangDC needs an expert for this model; give expert=Expert.load(directory) from "
-                "pertoken.reduce.expert, or the directory, or zoo:clips-langdc"
+                "pertoken.reduce.expert, or the directory, or zoo:clips-langdc/langdc"
             )
         expert = self.expert if isinstance(self.expert, Expert) else Expert.load(self.expert)
         expert.check(model)
@@ -107,7 +108,9 @@ class LangDC(Clips):
         first = torch.zeros_like(ran)
         first[:, 0] = True
         signals = {WRITTEN: written, FIRST: torch.cat([coarse, of_clips(first)], 1)}
-        return Offer(torch.cat([*parts, of_clips(soft)], 1), valid, signals)
+        texts = [ids[there].tolist() for ids, there in zip(said.ids, said.written, strict=True)]
+        notes = {SAID: [texts[i : i + each] for i in range(0, len(texts), each)]}
+        return Offer(torch.cat([*parts, of_clips(soft)], 1), valid, signals, notes)
 
     def decide(self, view: View) -> Keep:
         if WRITTEN not in view.signals:

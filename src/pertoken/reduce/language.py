@@ -9,8 +9,8 @@ stands at position n, of N positions and U tokens:
 
 The cache holds U keys and values, which are turned when they are read. Outputs have N positions, as without. Tokens
 that were dropped stand nowhere; the others keep their positions. With `unmerge=None` the sequence is closed up: U
-tokens at positions 0 to U - 1, as if the image were so small. Clips whose tokens are others than the model's own (`clips`)
-come in the same way: they take the first places of the clip, and the rest are dropped.
+tokens at positions 0 to U - 1, as if the image were so small. Clips whose tokens are others than the model's own
+(`clips`) come in the same way: they take the first places of the clip, and the rest are dropped.
 """
 
 from __future__ import annotations

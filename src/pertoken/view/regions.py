@@ -16,7 +16,18 @@ WIDTH = 384
 
 
 def regions(pixels: np.ndarray, place: np.ndarray) -> Any:
-    """A picture of the image `[height, width, 3]` uint8 and, right of it, its regions.
+    """A picture of the image and, right of it, its regions; see `halves`."""
+    from PIL import Image
+
+    small, right = halves(pixels, place)
+    both = Image.new("RGB", (2 * right.width + 8, right.height), LINE)
+    both.paste(small, (0, 0))
+    both.paste(right, (right.width + 8, 0))
+    return both
+
+
+def halves(pixels: np.ndarray, place: np.ndarray, width: int = WIDTH) -> tuple[Any, Any]:
+    """The image `[height, width, 3]` uint8, about `width` pixels wide, and its regions at that size.
 
     place `[rows, columns]` int: the token that each patch went into, -1 for one that left, which is drawn dark under
     its own colours. Regions are filled with their mean colour, and a line is drawn between patches of different tokens.
@@ -24,7 +35,7 @@ def regions(pixels: np.ndarray, place: np.ndarray) -> Any:
     from PIL import Image, ImageDraw
 
     rows, columns = place.shape
-    scale = max(WIDTH // columns, 4)
+    scale = max(width // columns, 4)
     small = Image.fromarray(pixels).resize((columns * scale, rows * scale), Image.Resampling.BICUBIC)
     found = np.asarray(small).astype(np.float32).reshape(rows, scale, columns, scale, 3).swapaxes(1, 2).copy()
     means = found.mean((2, 3))
@@ -43,10 +54,7 @@ def regions(pixels: np.ndarray, place: np.ndarray) -> Any:
                 draw.line((x, y, x, y + scale), fill=LINE)
             if row and place[row, column] != place[row - 1, column]:
                 draw.line((x, y, x + scale, y), fill=LINE)
-    both = Image.new("RGB", (2 * right.width + 8, right.height), LINE)
-    both.paste(small, (0, 0))
-    both.paste(right, (right.width + 8, 0))
-    return both
+    return small, right
 
 
 def page(sections: Sequence[tuple[str, str, Any]], title: str) -> str:

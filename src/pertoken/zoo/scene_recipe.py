@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 HELD = 10**9  # scenes of this seed and above are never trained on
 SEGMENTS, CLASSIFIES, ANSWERS = "segmenter", "classifier", "answerer"
-WATCHES, DESCRIBES, SHOWN_WORDS = "watcher", "describer", "shown words"
+WATCHES, DESCRIBES = "watcher", "describer"
 
 
 @dataclass(frozen=True)
 class SceneRecipe:
-    """task: "segmenter", "classifier" or "answerer", a LLaVA; of clips "watcher", a LLaVA-NeXT-Video, "describer", the
-    expert of LangDC, and "shown words", both together; start: the models whose weights a run begins with, by name with
+    """task: "segmenter", "classifier" or "answerer", a LLaVA; of clips "describer", the expert of LangDC, and
+    "watcher", a LLaVA-NeXT-Video that can read its states; start: the models whose weights a run begins with, by name with
     "+" between; threshold: DToP's while training, 1 for without; ends: layers with a head. Scenes of `size` pixels in
     patches of `patch`. text_layers, text_width: of a language model; questions: of each scene or clip in a batch;
     even: words of every description, whatever there is to tell, 0 for as many as there are; clips: how many different
@@ -31,7 +31,7 @@ class SceneRecipe:
     text_width: int = 96
     questions: int = 6
     even: int = 0
-    clips: int = 4096
+    clips: int = 2048
     size: int = 48
     patch: int = 6
     batch: int = 32

@@ -192,7 +192,9 @@ class Clip:
         clauses = []
         for number in ordered(self.things):
             thing, way = self.things[number], self.ways[segment][number]
-            clauses.append(f"{thing.colour} {thing.shape} ." if way == "nowhere" else f"{thing.colour} {thing.shape} {way} .")
+            clauses.append(
+                f"{thing.colour} {thing.shape} ." if way == "nowhere" else f"{thing.colour} {thing.shape} {way} ."
+            )
         return " ".join(clauses) or "nothing ."
 
 

@@ -1,8 +1,8 @@
 """Train small models on scenes and clips, by `pertoken zoo train NAME --out DIRECTORY`.
 
 A run goes on from its directory, as those of the text models do. The segmenter is trained as DToP's paper says: all
-heads first, with nothing finalised, then a shorter fine-tuning with DToP attached at the recipe's threshold. Models that
-answer are those of `seeing`; their matrices are trained by Muon.
+heads first, with nothing finalised, then a shorter fine-tuning with DToP attached at the recipe's threshold. Models
+that answer are those of `seeing` and `watching`; their matrices are trained by Muon.
 """
 
 from __future__ import annotations
@@ -25,16 +25,7 @@ from pertoken.core.attach import attach
 from pertoken.models.segmenter import PlainSegmenter, SegmenterConfig, mean_iou
 from pertoken.reduce.dtop import DToP
 from pertoken.zoo import seeing, watching, words
-from pertoken.zoo.scene_recipe import (
-    ANSWERS,
-    CLASSIFIES,
-    DESCRIBES,
-    HELD,
-    SEGMENTS,
-    SHOWN_WORDS,
-    WATCHES,
-    SceneRecipe,
-)
+from pertoken.zoo.scene_recipe import ANSWERS, CLASSIFIES, DESCRIBES, HELD, SEGMENTS, WATCHES, SceneRecipe
 from pertoken.zoo.scenes import COLOURS, SHAPES, batch
 
 SCENE_RECIPES = {
@@ -42,9 +33,8 @@ SCENE_RECIPES = {
     "scenes-segmenter-dtop": SceneRecipe(SEGMENTS, 150, start="scenes-segmenter", threshold=0.95, lr=5e-4),
     "scenes-classifier": SceneRecipe(CLASSIFIES, 600),
     "scenes-answerer": SceneRecipe(ANSWERS, 1200, start="scenes-segmenter", lr=3e-3),
-    "clips-describer": SceneRecipe(DESCRIBES, 500, start="scenes-answerer", batch=16, lr=3e-3),
-    "clips-watcher": SceneRecipe(WATCHES, 500, start="scenes-answerer", batch=16, lr=3e-3),
-    "clips-langdc": SceneRecipe(SHOWN_WORDS, 500, start="clips-watcher+clips-describer", batch=16, lr=2e-3),
+    "clips-describer": SceneRecipe(DESCRIBES, 400, start="scenes-answerer", batch=16, lr=3e-3),
+    "clips-langdc": SceneRecipe(WATCHES, 700, start="scenes-answerer+clips-describer", batch=16, lr=3e-3),
 }
 LABELS = (SEGMENTS, CLASSIFIES)  # tasks without language
 

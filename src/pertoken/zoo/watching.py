@@ -1,12 +1,12 @@
-"""The small models of clips: one that answers questions about them, the expert that describes them, both together.
+"""The small models of clips: LangDC's expert that describes them, and its host that answers questions about them.
 
-- watcher: a LLaVA-NeXT-Video that begins as the scenes' answerer and keeps its encoder. Each batch pools frames to one
-  of `GRIDS`, so that every fixed ratio is one that it knows.
-- describer: LangDC's expert, the answerer's first layers. It learns condensed descriptions of segments, whose length is
-  how much there is to tell (`scenes.Clip.description`).
-- both: the host learns to read the expert's states in place of a finer grid, through a projection for each of a few
-  layers, and goes on with `GRIDS`. Descriptions are the given ones, read in one forward, or in every other batch the
-  expert's own, as when it is used.
+- describer: the expert, which begins as the scenes' answerer's first layers, behind the answerer's encoder, which is
+  kept. It learns condensed descriptions of segments, whose length is how much there is to tell
+  (`scenes.Clip.description`).
+- watcher: the host, a LLaVA-NeXT-Video that begins as the answerer. In two of five batches frames are pooled to one of
+  `GRIDS`, so that every fixed ratio is one that it knows; in the others it is shown a coarse grid and the expert's
+  states, of one of a few layers with a projection for each. Descriptions are the given ones, read in one forward, or in
+  half of those batches the expert's own, as when it is used.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from pertoken.reduce.expert import Expert, Setting
 from pertoken.reduce.fixed_pooling import FixedPooling
 from pertoken.reduce.langdc import LangDC
 from pertoken.zoo import words
-from pertoken.zoo.scene_recipe import DESCRIBES, HELD, WATCHES, SceneRecipe
+from pertoken.zoo.scene_recipe import DESCRIBES, HELD, SceneRecipe
 from pertoken.zoo.scenes import Clip, as_input, balanced, clip, clip_questions, kind_of_question
 from pertoken.zoo.seeing import DESCRIBE, prompts, said, text_config
 from pertoken.zoo.turns import UNLEARNT, Turn, turns
@@ -47,7 +47,7 @@ from pertoken.zoo.words import END, IMAGE, NUMBER, VIDEO
 SEEN: dict[tuple[str, int], tuple[list[Clip], Tensor]] = {}  # what an encoder that is not trained made of clips
 GRIDS = ((4, 4), (2, 4), (2, 2), (1, 2), (1, 1))
 FRAMES, SPAN, POOL, BASE = 8, 4, 4, 2
-LAYERS = "layers.safetensors"
+PARTS, LAYERS = "langdc", "layers.safetensors"
 
 
 def watcher(recipe: SceneRecipe, vision: ViTConfig) -> LlavaNextVideoForConditionalGeneration:
@@ -76,9 +76,7 @@ class Both(nn.Module):
         self.recipe = recipe
         self.host = watcher(recipe, vision)
         layers = recipe.text_layers - 1
-        setting = Setting(
-            tuple(words.encoded(DESCRIBE)), NUMBER[END], round(15 / 24 * layers), SPAN, POOL, BASE
-        )
+        setting = Setting(tuple(words.encoded(DESCRIBE)), NUMBER[END], round(15 / 24 * layers), SPAN, POOL, BASE)
         language = LlamaForCausalLM(text_config(replace(recipe, text_layers=layers)))
         used = Expert(language, setting, recipe.width, recipe.text_width)
         others = [Expert(language, replace(setting, layer=i), recipe.width, recipe.text_width) for i in (0, layers)]
@@ -86,9 +84,7 @@ class Both(nn.Module):
             other.project = used.project
         self.experts = nn.ModuleList([used, *others])
         self.host.model.vision_tower.requires_grad_(False)
-        if recipe.task == WATCHES:
-            self.experts.requires_grad_(False)
-        elif recipe.task == DESCRIBES:
+        if recipe.task == DESCRIBES:
             self.host.requires_grad_(False)
         else:
             language.requires_grad_(False)
@@ -101,17 +97,17 @@ class Both(nn.Module):
         return found
 
     def save_pretrained(self, directory: Path) -> None:
-        """The parts, with those for other layers, in `directory`, and the host in `host` within."""
+        """The host in `directory`, and in `langdc` within it LangDC's parts, with those for other layers."""
+        self.host.save_pretrained(directory)
+        self.expert.save(directory / PARTS, self.host)
         parts = {
             f"{one.setting.layer}.{name}": weight.contiguous().clone()
             for one in list(self.experts)[1:]
             for name, weight in one.state_dict().items()
             if name.startswith(("norm.", "post."))
         }
-        self.expert.save(directory, self.host)
-        save_file(parts, directory / LAYERS)
-        self.host.save_pretrained(directory / "host")
-        words.save(directory / "host")
+        save_file(parts, directory / PARTS / LAYERS)
+        words.save(directory / PARTS)
 
 
 def at_layer(expert: Expert, directory: Path, layer: int) -> Expert:
@@ -130,11 +126,11 @@ def widths(expert: Expert) -> tuple[int, int]:
 
 
 def begun(both: Both, paths: list[str]) -> None:
-    """A run's first weights: the answerer's; of the last stage the watcher's and the describer's."""
+    """A run's first weights: the answerer's at the first path, and if there is another the describer's."""
+    start: Any = LlavaForConditionalGeneration.from_pretrained(paths[0], dtype=torch.float32)
+    weights = start.state_dict()
+    both.host.load_state_dict(weights, strict=False)
     if len(paths) == 1:
-        start: Any = LlavaForConditionalGeneration.from_pretrained(paths[0], dtype=torch.float32)
-        weights = start.state_dict()
-        both.host.load_state_dict(weights, strict=False)
         own = {k.replace("model.language_model.", "model."): v for k, v in weights.items() if "language_model" in k}
         kept = both.expert.language.state_dict()
         both.expert.language.load_state_dict({k: own.get(k, v) for k, v in kept.items()})
@@ -143,11 +139,7 @@ def begun(both: Both, paths: list[str]) -> None:
         both.expert.project[0].load_state_dict(first.state_dict())
         both.expert.project[2].load_state_dict(second.state_dict())
         return
-    host, parts = (Path(path) for path in paths)
-    both.host.load_state_dict(
-        LlavaNextVideoForConditionalGeneration.from_pretrained(host / "host", dtype=torch.float32).state_dict()
-    )
-    expert = Expert.load(parts)
+    expert = Expert.load(Path(paths[1]) / PARTS)
     both.expert.language.load_state_dict(expert.language.state_dict())
     both.expert.project.load_state_dict(expert.project.state_dict())
 
@@ -178,8 +170,7 @@ def loss(both: Both, recipe: SceneRecipe, first: int) -> Tensor:
     if recipe.task == DESCRIBES:
         return describing(both.expert, states, made, recipe.even)
     rows = [balanced(clip_questions(one), recipe.questions, rng) for one in made]
-    way = rng.random()
-    if recipe.task == WATCHES or way < 0.4:
+    if rng.random() < 0.4:
         shown = pooled_to(states, *GRIDS[rng.integers(len(GRIDS))])
         tokens = both.host.model.multi_modal_projector(shown)
         return answering(both.host, tokens, tokens.new_ones(tokens.shape[:2], dtype=torch.bool), rows)
@@ -274,14 +265,13 @@ def quality(both: Both, recipe: SceneRecipe, count: int = 128) -> dict[str, floa
     figures = {"full": share(right(both.host, pixels, pairs))}
     with attach(both.host, FixedPooling(Budget(tokens=FRAMES * BASE**2))):
         figures["coarse"] = share(right(both.host, pixels, pairs))
-    if recipe.task != WATCHES:
-        both.expert.setting = replace(both.expert.setting, host=signature(both.host))
-        with attach(both.host, LangDC(expert=both.expert)):
-            answers = right(both.host, pixels, pairs)
-        figures["langdc"] = share(answers)
-        for kind in sorted({kind_of_question(question) for question, _ in pairs}):
-            own = [one for one, (question, _) in zip(answers, pairs, strict=True) if kind_of_question(question) == kind]
-            figures[f"langdc, {kind}"] = share(own)
+    both.expert.setting = replace(both.expert.setting, host=signature(both.host))
+    with attach(both.host, LangDC(expert=both.expert)):
+        answers = right(both.host, pixels, pairs)
+    figures["langdc"] = share(answers)
+    for kind in sorted({kind_of_question(question) for question, _ in pairs}):
+        own = [one for one, (question, _) in zip(answers, pairs, strict=True) if kind_of_question(question) == kind]
+        figures[f"langdc, {kind}"] = share(own)
     return figures
 
 

@@ -11,7 +11,23 @@ from pertoken.zoo.scenes import COLOURS, MOST, PLACES, SHAPES, WAYS
 
 PAD, END, IMAGE, VIDEO = "<pad>", "<end>", "<image>", "<video>"
 SPECIAL = (PAD, END, IMAGE, VIDEO)
-OTHERS = ("how", "many", "what", "colour", "is", "the", "where", "does", "go", "first", "then", "describe", "?", ".", "nothing")
+OTHERS = (
+    "how",
+    "many",
+    "what",
+    "colour",
+    "is",
+    "the",
+    "where",
+    "does",
+    "go",
+    "first",
+    "then",
+    "describe",
+    "?",
+    ".",
+    "nothing",
+)
 WORDS = (
     *SPECIAL,
     *OTHERS,
@@ -39,6 +55,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=made,
         pad_token=PAD,
+        unk_token=PAD,
         eos_token=END,
         additional_special_tokens=[IMAGE, VIDEO],
         padding_side="left",
