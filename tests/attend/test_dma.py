@@ -94,7 +94,7 @@ def by_runs(query, key, value, valid, first, policy: DMA) -> Tensor:
         valid=sight.real, layers=1, queries=runs.split(query), keys=key, values=value, runs=runs,
         kept=runs.kept(policy.sinks, policy.recent, policy.each), scale=SCALE,
     )  # fmt: skip
-    return runs.join(attended(policy, view, policy.decide(view)))
+    return runs.join(attended(policy, view, policy.decide(view), view.queries))
 
 
 BUDGETS = st.one_of(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from pertoken.core.errors import BadRequest
 from pertoken.models import growing
 from pertoken.models.growing import GrowingLayer, let_grow
 
@@ -20,10 +22,10 @@ class Machine(RuleBasedStateMachine):
 
     branches = Bundle("branches")
 
-    @initialize(target=branches, rows=st.integers(1, 3))
-    def begin(self, rows):
+    @initialize(target=branches, rows=st.integers(1, 3), home=st.sampled_from([None, "cpu"]))
+    def begin(self, rows, home):
         self.made, self.all = 0, []
-        return self.kept([GrowingLayer(), DynamicLayer(), rows])
+        return self.kept([GrowingLayer(home), DynamicLayer(), rows])
 
     def kept(self, branch):
         self.all.append(branch)
@@ -62,6 +64,15 @@ class Machine(RuleBasedStateMachine):
         made = copy.deepcopy if deep else copy.copy
         return self.kept([made(branch[0]), made(branch[1]), branch[2]])
 
+    @rule(branch=branches, fetches=st.booleans())
+    def attend(self, branch, fetches):
+        branch[0].attended = fetches
+
+    @rule(target=branches, branch=branches, home=st.sampled_from([None, "cpu"]))
+    def move(self, branch, home):
+        """Another layer goes on with what this one holds."""
+        return self.kept([GrowingLayer.of(branch[0], home), copy.copy(branch[1]), branch[2]])
+
     @rule(branch=branches)
     def reset(self, branch):
         branch[0].reset()
@@ -97,6 +108,22 @@ def test_gradients_reach_cached_keys():
     keys, _ = layer.update(second, second)
     keys.sum().backward()
     assert first.grad is not None and second.grad is not None
+
+
+def test_what_lies_elsewhere_takes_no_gradient():
+    layer, states = GrowingLayer("cpu"), torch.randn(1, 1, 2, 4)
+    layer.update(states, states)
+    for wrong in ((states.clone().requires_grad_(), states), (states, states.clone().requires_grad_())):
+        with pytest.raises(BadRequest, match="take no gradient"):
+            layer.update(*wrong)
+
+
+def test_what_lies_elsewhere_grows_in_place_from_the_first_token_on():
+    layer, rooms = GrowingLayer("cpu"), set()
+    for _ in range(growing.LEAST):
+        keys, _ = layer.update(torch.randn(1, 2, 1, 4), torch.randn(1, 2, 1, 4))
+        rooms.add(keys.data_ptr())
+    assert len(rooms) == 1
 
 
 def test_only_plain_caches_are_changed():

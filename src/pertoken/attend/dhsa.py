@@ -31,7 +31,8 @@ Differs from the paper and its code:
   tokens all score the same; `groups`, a choice per key head, as means over heads cancel what is special to one.
 
 It loses where one token in an unrelated chunk matters (a needle in a long chunk), where heads need different chunks,
-and without a predictor wherever texts do not fall into blocks. After a prefill by a tree decoder, which holds the last
+and without a predictor wherever texts do not fall into blocks. A mask of each query and key is followed in what is
+read; means of chunks hold keys that it hides. After a prefill by a tree decoder, which holds the last
 token of a prompt back, generated chunks begin one place earlier."""
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ class DynamicMaskAttention(nn.Module):
             scale=self.dim**-0.5,
             state=state,
         )
-        out = runs.join(attended(self.policy, view, self.policy.decide(view)))
+        out = runs.join(attended(self.policy, view, self.policy.decide(view), view.queries))
         out = out.masked_fill(~valid[:, None, :, None], 0)
         return self.o_proj(out.transpose(1, 2).flatten(2)), Past(key, value, everyone, state)
 

@@ -11,14 +11,13 @@ What is lost is lost: choose `Selection` policies where a key may be needed agai
 
 from __future__ import annotations
 
-import inspect
 from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 
 from pertoken.attend.kept import KeptLayer
 from pertoken.attend.reader import Reader, check_keys, readable
@@ -77,6 +76,11 @@ class Eviction(Policy):
 
     def __post_init__(self) -> None:
         check_keys(type(self).__name__, self.budget, sinks=(self.sinks, 0))
+        if self.budget.tokens is not None and self.sinks > self.budget.tokens:
+            raise BadRequest(
+                f"sinks={self.sinks} are more keys than the budget of {self.budget.tokens}, which holds them too; give "
+                "fewer sinks or a larger budget"
+            )
 
     @property
     @abstractmethod
@@ -140,7 +144,6 @@ class Evicting(Reader):
         self.policy = policy
         self.cache: DynamicCache | None = None
         self.worked_out: dict[str, Any] = {}  # for all layers of the forward
-        self.arguments = inspect.signature(adapter.base.forward)
 
     def install(self) -> None:
         self.put_on()
@@ -155,14 +158,9 @@ class Evicting(Reader):
 
     def around(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
         """Around the model's forward: its cache gets kept layers."""
-        if args:
-            kwargs = {**self.arguments.bind_partial(*args).arguments, **kwargs}
-        base, cache = self.adapter.base, kwargs.get("past_key_values")
-        use = kwargs.get("use_cache")
-        checkpointed = getattr(base, "gradient_checkpointing", False) and base.training
-        if cache is None and not checkpointed and (self.adapter.config.use_cache if use is None else use):
-            cache = kwargs["past_key_values"] = DynamicCache(config=self.adapter.config)
-        layers = [] if cache is None else self.kept_in(cache)
+        kwargs, cache = self.with_cache(*args, **kwargs)
+        name = type(self.policy).__name__
+        layers = [] if cache is None else self.put_in(cache, KeptLayer, KeptLayer.of, name, "evicts from")
         for layer in layers:
             layer.attended = True
         self.cache, self.worked_out = cache, {}
@@ -172,29 +170,6 @@ class Evicting(Reader):
             self.cache = None
             for layer in layers:
                 layer.attended = False
-
-    def kept_in(self, cache: Any) -> list[KeptLayer]:
-        """The kept layers of a cache, put there if they are not."""
-        if not isinstance(cache, DynamicCache) or cache.offloading:
-            kind = "a cache that offloads its layers" if isinstance(cache, DynamicCache) else type(cache).__name__
-            raise BadRequest(
-                f"{type(self.policy).__name__} evicts from a DynamicCache, got {kind}; give past_key_values="
-                "DynamicCache(config=model.config), or none"
-            )
-        while len(cache.layers) < self.adapter.depth and cache.layer_class_to_replicate is not None:
-            cache.layers.append(cache.layer_class_to_replicate())
-        found = []
-        for index in sorted(self.layers):
-            layer = cache.layers[index]
-            if type(layer) is DynamicLayer:
-                layer = cache.layers[index] = KeptLayer.of(layer)
-            elif not isinstance(layer, KeptLayer):
-                raise BadRequest(
-                    f"{type(self.policy).__name__} evicts from full-attention layers, and layer {index} of this cache "
-                    f"is a {type(layer).__name__}; give past_key_values=DynamicCache(config=model.config), or none"
-                )
-            found.append(layer)
-        return found
 
     def attention(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **given: Any

@@ -172,15 +172,16 @@ class KeptLayer(DynamicLayer):
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes of the tensors of a cache, with what says which keys they are."""
-    total = 0
-    for layer in cache.layers:
-        if isinstance(layer, KeptLayer):
-            total += layer.bytes
-        else:
-            held = (getattr(layer, "keys", None), getattr(layer, "values", None))
-            total += sum(t.numel() * t.element_size() for t in held if t is not None)
-    return total
+    """Bytes of the tensors of a cache, wherever they lie, with what says which keys they are."""
+    return sum(map(layer_bytes, cache.layers))
+
+
+def layer_bytes(layer: Any) -> int:
+    """As `cache_bytes`, of one of its layers."""
+    if isinstance(layer, KeptLayer):
+        return layer.bytes
+    held = (getattr(layer, "keys", None), getattr(layer, "values", None))
+    return sum(t.numel() * t.element_size() for t in held if t is not None)
 
 
 def bytes_over_time(model: Any, ids: Tensor, **settings: Any) -> tuple[Tensor, list[int]]:

@@ -3,13 +3,15 @@ is set on one model's configuration only, and the sight of what the mask allows.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from pertoken.attend.sight import Causal
 from pertoken.core.attach import Attachment
@@ -18,9 +20,11 @@ from pertoken.core.errors import BadRequest
 from pertoken.core.policy import View
 from pertoken.models.adapter import Adapter, adapter_for
 from pertoken.models.attention import attention_configs
+from pertoken.models.growing import GrowingLayer
 from pertoken.models.kind import kind_of
 
 _numbers = itertools.count()
+Layer = TypeVar("Layer", bound=DynamicLayer)
 
 
 def check_keys(name: str, budget: Budget, **least: tuple[int, int]) -> None:
@@ -61,6 +65,7 @@ class Reader(ABC):
         self.name = f"pertoken_{type(self).__name__.lower()}_{next(_numbers)}"
         self.layers = {i for i in range(adapter.depth) if adapter.window(i) is None}
         self.running = False
+        self.arguments = inspect.signature(adapter.base.forward)
 
     @abstractmethod
     def begin(self, view: View) -> None:
@@ -93,6 +98,43 @@ class Reader(ABC):
             return forward(*args, **kwargs)
         finally:
             self.running = False
+
+    def with_cache(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], Any]:
+        """The arguments of the model's forward by name, and the cache among them, made here where the model would make
+        one; None where it would not."""
+        if args:
+            kwargs = {**self.arguments.bind_partial(*args).arguments, **kwargs}
+        base, cache, use = self.adapter.base, kwargs.get("past_key_values"), kwargs.get("use_cache")
+        checkpointed = getattr(base, "gradient_checkpointing", False) and base.training
+        if cache is None and not checkpointed and (self.adapter.config.use_cache if use is None else use):
+            cache = kwargs["past_key_values"] = DynamicCache(config=self.adapter.config)
+        return kwargs, cache
+
+    def put_in(
+        self, cache: Any, kind: type[Layer], made: Callable[[DynamicLayer], Layer], name: str, does: str
+    ) -> list[Layer]:
+        """The full-attention layers of a cache, of this kind; plain ones are replaced by what is `made` of them. Raises
+        `BadRequest` for other caches, in which the policy `name` cannot do what it `does`."""
+        if not isinstance(cache, DynamicCache) or cache.offloading:
+            given = "a cache that offloads its layers" if isinstance(cache, DynamicCache) else type(cache).__name__
+            raise BadRequest(
+                f"{name} {does} a DynamicCache, got {given}; give past_key_values="
+                "DynamicCache(config=model.config), or none"
+            )
+        while len(cache.layers) < self.adapter.depth and cache.layer_class_to_replicate is not None:
+            cache.layers.append(cache.layer_class_to_replicate())
+        found = []
+        for index in sorted(self.layers):
+            layer = cache.layers[index]
+            if type(layer) is DynamicLayer or (type(layer) is GrowingLayer and layer.home is None):
+                layer = cache.layers[index] = made(layer)
+            elif not isinstance(layer, kind):
+                raise BadRequest(
+                    f"{name} {does} full-attention layers, and layer {index} of this cache is a "
+                    f"{type(layer).__name__}; give past_key_values=DynamicCache(config=model.config), or none"
+                )
+            found.append(layer)
+        return found
 
     def mask(self, **given: Any) -> Any:
         """In place of the model's mask function: a `Sight` where queries see what is before them, else its mask."""

@@ -12,6 +12,10 @@ padded; chunks of a prefill give what the whole gives if they are multiples of t
 Positions: with `positions="compact"`, keys are cached as they are before rotation, and are turned, with the queries, by
 their places among the keys that are read. Distances are then never longer than what is read, so that a model reads
 contexts longer than any it was trained on. With "original" keys keep the positions that the model gave them.
+
+Memory: with `offload`, keys and values of these layers lie in host memory, the policy chooses there, and only what a
+decoded token reads is fetched to the model's device, where it stays as long as it is read (`aside.py`). A forward of
+several tokens brings the keys over whole, one layer at a time.
 """
 
 from __future__ import annotations
@@ -23,8 +27,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from pertoken.attend.aside import Aside
+from pertoken.attend.kept import layer_bytes
 from pertoken.attend.key_view import KeyView
 from pertoken.attend.reader import Reader, check_keys, readable
 from pertoken.attend.sight import Causal, Kept, Masked, Sight
@@ -35,7 +41,7 @@ from pertoken.core.errors import BadRequest
 from pertoken.core.policy import Policy, View
 from pertoken.models.adapter import Adapter
 from pertoken.models.attention import own_attention
-from pertoken.models.growing import let_grow
+from pertoken.models.growing import GrowingLayer, let_grow
 from pertoken.models.rotary import Rotary
 from pertoken.ops.selected_attention import selected_attention
 from pertoken.ops.selected_attention.torch import gathered_attention
@@ -43,6 +49,7 @@ from pertoken.ops.selected_attention.torch import gathered_attention
 SITE = "attend.keys"
 PROMPT = "attend.prompt"
 POSITIONS = ("original", "compact")
+HOST = "cpu"
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ class KeyPolicy(Policy):
 
     budget: keys chosen for each run, in tokens or as a share of those to choose from, besides the first `sinks` and the
     last `recent` that it sees, which are always read, as is all of a run by itself; run: queries of a prefill that
-    share their keys; positions: "original", or "compact" (see the module).
+    share their keys; positions: "original", or "compact"; offload: keys lie in host memory (see the module for both).
 
     each: budget and `recent` are those of each query instead: `decide` gives a run the keys that any of its queries can
     need, and `weigh` says which of them each one reads.
@@ -62,6 +69,7 @@ class KeyPolicy(Policy):
     recent: int = 512
     run: int = 512
     positions: str = "original"
+    offload: bool = False
     reads: ClassVar[frozenset[str]] = frozenset({"queries", "keys"})
     writes: ClassVar[frozenset[str]] = frozenset({"keys read"})
     each: ClassVar[bool] = False
@@ -127,7 +135,7 @@ class KeyPolicy(Policy):
 
     def install(self, model: Any, attachment: Attachment) -> None:
         adapter = readable(type(self).__name__, model)
-        if not self.budget.is_full or attachment.taped:
+        if not self.budget.is_full or self.offload or attachment.taped:
             attachment.policy = policy = self.fitted(adapter)
             Reading(adapter, policy, attachment).install()
 
@@ -159,7 +167,7 @@ class Reading(Reader):
 
     def install(self) -> None:
         self.put_on()
-        self.attachment.wrap(self.adapter.base, self.growing)
+        self.attachment.wrap(self.adapter.base, self.offloading if self.policy.offload else self.growing)
         if self.rotary is not None:
             for index in self.layers:
                 self.attachment.wrap(self.adapter.attention(index), self.rotary.unturned)
@@ -171,7 +179,26 @@ class Reading(Reader):
             let_grow(given)
         return forward(*args, **kwargs)
 
+    def offloading(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around the model's forward: its cache lies in host memory, and this attention fetches from there."""
+        kwargs, cache = self.with_cache(*args, **kwargs)
+        name, layers = type(self.policy).__name__, []
+        if cache is not None:
+            layers = self.put_in(cache, GrowingLayer, lambda one: GrowingLayer.of(one, HOST), name, "offloads keys of")
+        for layer in layers:
+            layer.attended = True
+        try:
+            return forward(**kwargs)
+        finally:
+            for layer in layers:
+                layer.attended = False
+
     def begin(self, view: View) -> None:
+        if self.policy.offload and not self.running:
+            raise BadRequest(
+                f"{type(self.policy).__name__} offloads keys of a DynamicCache, and this decoder has a cache of its "
+                "own; call model.generate without custom_generate, or give offload=False"
+            )
         self.tree, self.real, self.sights = view.tree, view.valid, {}
 
     def sight(self, mask: Any, query: Tensor, key: Tensor) -> Sight:
@@ -181,7 +208,7 @@ class Reading(Reader):
         if id(mask) not in self.sights:
             rows, queries, keys = query.shape[0], query.shape[2], key.shape[2]
             if mask is None:
-                made = torch.ones(rows, 1, queries, keys, dtype=torch.bool, device=key.device)
+                made = torch.ones(rows, 1, queries, keys, dtype=torch.bool, device=query.device)
             else:
                 made = mask[..., :keys].expand(rows, -1, -1, -1)
             real = self.real if self.real is not None and self.real.shape == (rows, queries) else None
@@ -194,23 +221,26 @@ class Reading(Reader):
         layer, own = module.layer_idx, own_attention(module, self.usual)
         if not self.attachment.enabled or layer not in self.layers:
             return own(module, query, key, value, mask.plain if isinstance(mask, Sight) else mask, **given)
-        sight = self.sight(mask, query, key)
+        near = self.sight(mask, query, key)
+        sight = near.on(key.device)  # offloaded keys are chosen where they lie
         if sight.prompt is None:
             sight.prompt = self.prompt(sight)
         runs = sight.runs(1 if self.tree else self.policy.run)
         kept = runs.kept(self.policy.sinks, self.policy.recent, self.policy.each)
         whole = not self.attachment.taped and not self.policy.leaves_out(kept) and not self.policy.adds(layer)
         if whole and self.rotary is None:
-            return own(module, query, key, value, sight.plain, **given)
-        if whole and self.rotary is not None and isinstance(sight, Causal):
-            query, key = self.turned(self.rotary, query, key, sight)
-            return own(module, query, key, value, sight.plain, **given)
+            return own(module, query, key.to(query.device), value.to(query.device), near.plain, **given)
+        if whole and self.rotary is not None and isinstance(near, Causal):
+            query, key = self.turned(self.rotary, query, key.to(query.device), near)
+            return own(module, query, key, value.to(query.device), near.plain, **given)
         scale, softcap = self.scoring(query, given)
+        here = near.runs(runs.length)
+        queries = here.split(query)
         view = KeyView(
             valid=sight.real,
             layers=self.adapter.depth,
             layer=layer,
-            queries=runs.split(query),
+            queries=queries.to(key.device),
             keys=key,
             values=value,
             runs=runs,
@@ -224,8 +254,8 @@ class Reading(Reader):
         )
         decision = self.attachment.decide(f"{SITE}.{layer}", view)
         assert isinstance(decision, Select)
-        out = attended(self.policy, view, decision, softcap)
-        return runs.join(out).transpose(1, 2).contiguous(), None
+        out = attended(self.policy, view, decision, queries, softcap)
+        return here.join(out).transpose(1, 2).contiguous(), None
 
     @staticmethod
     def turned(rotary: Rotary, query: Tensor, key: Tensor, sight: Causal) -> tuple[Tensor, Tensor]:
@@ -255,13 +285,16 @@ class Reading(Reader):
         return now, before
 
 
-def attended(policy: KeyPolicy, view: KeyView, decision: Select, softcap: float | None = None) -> Tensor:
-    """`[batch, heads, run, query, dim]` attention over the decided keys, as the policy weighs them."""
-    runs, index, queries, keys, values = view.runs, decision.index, view.queries, view.keys, view.values
-    aside = Aside.of(view, index)
+def attended(
+    policy: KeyPolicy, view: KeyView, decision: Select, queries: Tensor, softcap: float | None = None
+) -> Tensor:
+    """`[batch, heads, run, query, dim]` attention over the decided keys, as the policy weighs them. queries: those of
+    the view, on the model's device; what is read is fetched to it."""
+    index, device = decision.index, queries.device
+    aside = Aside.of(view, index, device if policy.offload else None)
     if aside is not None:
         index = aside.columns[:, :, None]
-    reads = runs.sight.reads(runs.slots, index)
+    reads = view.runs.sight.reads(view.runs.slots, index)
     more, bias = policy.weigh(view, index)
     count, turned = index.shape[-1], None
     if view.rotary is not None:
@@ -270,7 +303,17 @@ def attended(policy: KeyPolicy, view: KeyView, decision: Select, softcap: float 
         turned = view.rotary.table(count)
     if more is not None:
         reads = reads & more
+    reads, bias = reads.to(device), None if bias is None else bias.to(device)
     if aside is None:
-        return selected_attention(queries, keys, values, index.clamp(min=0), reads, view.scale, bias, softcap, turned)
-    keys = aside.keys if view.rotary is None else view.rotary.turn(aside.keys, aside.places(keys.shape[1]), count)
+        keys, values, index = (x.to(device) for x in (view.keys, view.values, index.clamp(min=0)))
+        return selected_attention(queries, keys, values, index, reads, view.scale, bias, softcap, turned)
+    keys = aside.keys if view.rotary is None else view.rotary.turn(aside.keys, aside.places(), count)
     return gathered_attention(queries, keys[:, :, None], aside.values[:, :, None], reads, view.scale, bias, softcap)
+
+
+def device_bytes(cache: Cache, attached: Attachment) -> int:
+    """Bytes of keys and values that lie on the model's device between two forwards: those of the cache that are not
+    offloaded, and the copies that the attached policy has set aside to read."""
+    stays = [one for one in cache.layers if not (isinstance(one, GrowingLayer) and one.home is not None)]
+    asides = [state["aside"] for state in attached.state.get(SITE, {}).values() if "aside" in state]
+    return sum(map(layer_bytes, stays)) + sum(aside.bytes for aside in asides)

@@ -6,10 +6,11 @@ A *column* is a place in the keys that attention is given, a *slot* a query of t
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,11 +18,14 @@ from torch import Tensor
 
 class Sight(ABC):
     """valid `[batch, key]` bool: real keys; real `[batch, query]` bool: real queries; plain: makes the mask that the
-    model's own attention takes, or None."""
+    model's own attention takes, or None. parts: the names of its tensors."""
+
+    parts: ClassVar[tuple[str, ...]] = ("valid", "real")
 
     def __init__(self, valid: Tensor, real: Tensor, plain: Callable[[], Any]):
         self.valid, self.real, self._plain = valid, real, plain
         self._runs: dict[int, Runs] = {}
+        self._elsewhere: dict[torch.device, Sight] = {}
         self.prompt: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -38,6 +42,17 @@ class Sight(ABC):
     def plain(self) -> Any:
         """The mask for the model's own attention."""
         return self._plain()
+
+    def on(self, device: torch.device) -> Sight:
+        """The same on another device, where a policy chooses among keys that lie there; made once."""
+        if device == self.valid.device:
+            return self
+        if device not in self._elsewhere:
+            made = self._elsewhere[device] = copy.copy(self)
+            made._runs, made._elsewhere = {}, {}
+            for name in self.parts:
+                setattr(made, name, getattr(self, name).to(device))
+        return self._elsewhere[device]
 
     @property
     def keys(self) -> int:
@@ -94,6 +109,8 @@ class Causal(Sight):
 class Masked(Sight):
     """Queries read what a mask `[batch, 1, query, key]` lets them, bool or added to the scores; given: the mask as the
     model's own attention takes it."""
+
+    parts: ClassVar[tuple[str, ...]] = ("valid", "real", "mask")
 
     def __init__(self, mask: Tensor, real: Tensor | None, given: Any):
         seen = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2)[:, 0]

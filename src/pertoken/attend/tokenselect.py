@@ -23,7 +23,8 @@ Differs from the paper and its code:
 - A run reads itself whole, also where it is longer than `recent`, and its tokens are no candidates. Chunks of a prefill
   that are multiples of `run` give what the whole gives.
 - Of keys with even votes, by a tenth of a percent, the later one wins.
-- No maximum over neighbouring keys (an option of the code, off). Nodes of a decoder's token tree vote each for itself.
+- No maximum over neighbouring keys (an option of the code, off). Nodes of a decoder's token tree vote each for itself,
+  as do tokens of a static cache or under a mask of each query and key: there no selection is used again.
 
 As in the paper keys are turned by their places among those that are read (`positions="compact"`), and vote as if
 all stood `recent` tokens before the run. "original" keeps the positions of the text: nothing has to be turned again,
@@ -149,17 +150,21 @@ class TokenSelect(KeyPolicy):
             nothing = torch.zeros(len(query), 1, dtype=torch.long, device=query.device)
             choice = Choice(query, nothing, nothing[:, 0], Mark.now(view))
         whole = limits >= counts  # such a row reads everything, and chooses nothing that could be used again
-        left = counts - choice.counts
-        hit = F.cosine_similarity(query, choice.query, dim=-1) >= self.reuse
-        hit = hit & ~whole & (left >= 0) & (2 * left <= limits) & choice.mark.holds(view)
+        hit = (F.cosine_similarity(query, choice.query, dim=-1) >= self.reuse) & ~whole
+        if bool(hit.any()):
+            left = counts - choice.counts
+            hit = hit & (left >= 0) & (2 * left <= limits) & choice.mark.holds(view)
         for name, rows in (("asked", ~whole), ("hits", hit)):
             state[name] = (rows & view.valid[:, 0]).sum() + state.get(name, 0)
-        choice = replace(choice, counts=choice.counts.masked_fill(whole, 0))
         missed = (~hit & ~whole).nonzero().flatten()
+        if len(missed) == len(query):
+            fresh = self.elect(view.mean_queries(self.recent), keys, kept.candidates, kept.rank, most, limits[:, None])
+            state["choice"] = Choice(query, fresh[:, 0], counts, Mark.now(view))
+            return fresh[:, 0]
+        choice = replace(choice, counts=choice.counts.masked_fill(whole, 0))
         if len(missed):
-            some = slice(None) if len(missed) == len(query) else missed
-            asked, mine = view.mean_queries(self.recent)[some], (kept.candidates[some], kept.rank[some])
-            columns = self.elect(asked, keys[some], *mine, most, limits[some, None])[:, 0]
+            asked, mine = view.mean_queries(self.recent)[missed], (kept.candidates[missed], kept.rank[missed])
+            columns = self.elect(asked, keys[missed], *mine, most, limits[missed, None])[:, 0]
             choice = choice.put(missed, Choice(query, columns, counts, Mark.now(view)))
         state["choice"] = choice
         return choice.columns_now(most, counts, rank, self.sinks)

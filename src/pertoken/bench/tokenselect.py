@@ -14,6 +14,8 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from pertoken.attend.block_topk import BlockTopK
+from pertoken.attend.kept import cache_bytes
+from pertoken.attend.selection import SITE, device_bytes
 from pertoken.attend.tokenselect import TokenSelect
 from pertoken.bench import key_tasks
 from pertoken.bench.claims import Bench, Measurement, claim
@@ -272,6 +274,39 @@ def extrapolates(bench: Bench) -> Measurement:
     original = key_tasks.ask(bench, ours(2048 if not bench.quick else 512), length)
     told = {"dense": dense.told(), "compact": compact.told(), "original positions": original.told()}
     return Measurement(compact.accuracy, "dense", dense.accuracy, dense.n, told)
+
+
+@claim(
+    "tokenselect",
+    claim="With its keys in host memory a step keeps at most a tenth of dense attention's keys and values on the "
+    "device, and answers as many questions",
+    metric="bytes of keys and values on the device over those of dense attention (a 16th of 8k keys)",
+    expected="<= 0.1",
+    compare="value",
+)
+def offloaded(bench: Bench) -> Measurement:
+    length = short(bench)
+    model, about = key_tasks.loaded(bench)[0], key_tasks.contexts(bench, "needles", length)
+    right, shares, fetched, asked = {False: 0, True: 0}, [], 0, about.questions.shape[1]
+    for offload in right:
+        policy = ours(length // 16, offload=offload)
+        for question in range(asked):
+            bench.status(f"{length} tokens, offload={offload}: question {question + 1} of {asked}")
+            cache, one = copy.deepcopy(about.caches[0]), replace(about, questions=about.questions[:, [question]])
+            with attach(model, policy) as attached:
+                right[offload] += int(key_tasks.answered(model, one, 0, cache, policy).sum())
+                if offload:
+                    shares.append(device_bytes(cache, attached) / cache_bytes(cache))
+                    fetched += sum(state["aside"].fetched for state in attached.state[SITE].values())
+    steps = asked * (about.questions.shape[2] - 1) * model.config.num_hidden_layers
+    told = {
+        "answered": right[True] / asked,
+        "answered with keys on the device": right[False] / asked,
+        "keys read per step and layer": length // 16,
+        "keys fetched per step and layer": fetched / steps,
+    }
+    value = max(shares) if right[True] == right[False] else float("nan")
+    return Measurement(value, "dense", 1.0, asked, told)
 
 
 @claim(

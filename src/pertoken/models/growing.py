@@ -1,4 +1,5 @@
-"""A cache layer that appends in place: a step writes one token, where transformers' copies all keys and values."""
+"""A cache layer that appends in place: a step writes one token, where transformers' copies all keys and values. It can
+hold them elsewhere than on the model's device, in host memory, for an attention that fetches what it reads."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from pertoken.core.errors import BadRequest
 
 SLACK = 8  # a layer that is full makes room for an eighth more
 LEAST = 64
@@ -18,8 +21,11 @@ class Room:
 
     def __init__(self, keys: Tensor, values: Tensor, stop: int):
         self.used = 0
-        shape = lambda x: (*x.shape[:2], stop + max(stop // SLACK, LEAST), x.shape[3])  # noqa: E731
-        self.keys, self.values = keys.new_empty(shape(keys)), values.new_empty(shape(values))
+        pinned = keys.device.type == "cpu" and torch.cuda.is_available()
+        made = lambda x: x.new_empty(  # noqa: E731
+            (*x.shape[:2], stop + max(stop // SLACK, LEAST), x.shape[3]), pin_memory=pinned
+        )
+        self.keys, self.values = made(keys), made(values)
 
     def put(self, keys: Tensor, values: Tensor) -> None:
         """Write the next columns."""
@@ -38,34 +44,57 @@ class Room:
 
 class GrowingLayer(DynamicLayer):
     """A `DynamicLayer` with room for more. Nothing is written where another layer can see it: a layer whose tokens were
-    taken back, reordered or copied moves to a room of its own when it next grows."""
+    taken back, reordered or copied moves to a room of its own when it next grows.
 
-    def __init__(self) -> None:
+    home: the device that keys and values lie on, None for that of the model; attended: the attention that runs fetches
+    what it reads from there. Any other gets copies of all of them on its own device.
+    """
+
+    def __init__(self, home: str | torch.device | None = None) -> None:
         super().__init__()
         self.room: Room | None = None
+        self.home = None if home is None else torch.device(home)
+        self.attended = False
 
     @classmethod
-    def of(cls, layer: DynamicLayer) -> GrowingLayer:
+    def of(cls, layer: DynamicLayer, home: str | torch.device | None = None) -> GrowingLayer:
         """What `layer` holds."""
-        made = cls()
+        made = cls(home)
         if layer.is_initialized and layer.keys is not None and layer.values is not None:
-            made.lazy_initialization(layer.keys, layer.values)
-            made.keys, made.values = layer.keys, layer.values
+            keys, values = (x if made.home is None else x.to(made.home) for x in (layer.keys, layer.values))
+            made.lazy_initialization(keys, values)
+            made.keys, made.values = keys, values
         return made
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """As `DynamicLayer`; keys that a gradient goes through are put together as it does."""
-        held = self.get_seq_length()
-        if not held or key_states.requires_grad or value_states.requires_grad or self.keys.requires_grad:  # type: ignore[union-attr]
+        held, near = self.get_seq_length(), key_states.device
+        parts = (key_states, value_states, self.keys) if held else (key_states, value_states)
+        tracked = any(part is not None and part.requires_grad for part in parts)
+        if self.home is None and (tracked or not held):
             return super().update(key_states, value_states, *args, **kwargs)
+        if self.home is not None:
+            if tracked:
+                raise BadRequest(
+                    f"keys that lie on {self.home} take no gradient; run the model under torch.no_grad(), or attach "
+                    "the policy with offload=False"
+                )
+            key_states, value_states = key_states.to(self.home), value_states.to(self.home)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
         stop, room = held + key_states.shape[2], self.room
         if room is None or not room.ends(self.keys) or stop > room.keys.shape[2]:
-            room = self.room = Room(self.keys, self.values, stop)
-            room.put(self.keys, self.values)
+            room = self.room = Room(key_states, value_states, stop)
+            if held:
+                room.put(self.keys, self.values)
         room.put(key_states, value_states)
         self.keys, self.values = room.keys[:, :, :stop], room.values[:, :, :stop]
-        return self.keys, self.values
+        return (self.keys, self.values) if self.attended else (self.keys.to(near), self.values.to(near))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """As `DynamicLayer`, of indices on any device."""
+        super().batch_select_indices(indices.to(self.keys.device) if self.keys is not None else indices)
 
     def reset(self) -> None:
         super().reset()

@@ -39,7 +39,7 @@ class Rotary:
 
     def turn(self, x: Tensor, positions: Tensor, count: int) -> Tensor:
         """`x` `[..., dim]` turned by `positions`, which broadcast to its leading axes and are below `count`."""
-        cos, sin = self.table(max(count, 1))
+        cos, sin = (part.to(x.device) for part in self.table(max(count, 1)))
         return rotated(x, cos[positions], sin[positions])
 
     @staticmethod
