@@ -323,8 +323,8 @@ def heads_or_keys(bench: Bench) -> Measurement:
 
 
 def speeds(bench: Bench, batch: int) -> dict[str, dict[str, Any]]:
-    """Tokens per second on a canvas of 384 (256 in batches, shorter when quick), each side in its fastest dtype: with this cache, with
-    none and, in full, with two other ways to refresh."""
+    """Tokens per second on a canvas of 384 (256 in batches, shorter when quick), each side in its fastest dtype: with
+    this cache, with none and, in full, with two other ways to refresh."""
 
     def run() -> dict[str, dict[str, Any]]:
         long = diffusion.functions(bench, {1: (384, 192), 8: (256, 128)}[batch][bench.quick], 48, 8)
