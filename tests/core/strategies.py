@@ -25,7 +25,8 @@ def decisions(draw, kind: type[Decision] | None = None) -> Decision:
     if kind is Assign:
         return Assign(valid, numbers(batch, tokens))
     if kind is Depth:
-        return Depth(valid, flags(batch, tokens, extra))
+        small = flags(batch, tokens, extra) if bool(flags(1)) else None
+        return Depth(valid, flags(batch, tokens, extra), small)
     if kind is Exit:
         return Exit(valid, numbers(batch, tokens))
     if kind is Weight:

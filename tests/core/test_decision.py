@@ -78,6 +78,7 @@ BAD = {
     "weight that is whole": lambda: Weight(TRUE, torch.ones(2, 3, dtype=torch.long)),
     "layers without a layer axis": lambda: Depth(TRUE, TRUE),
     "layers that are not bool": lambda: Depth(TRUE, torch.ones(2, 3, 4)),
+    "small of another shape": lambda: Depth(TRUE, TRUE[..., None], TRUE),
     "another batch": lambda: Keep(torch.ones(3, 3, dtype=torch.bool), TRUE),
 }
 

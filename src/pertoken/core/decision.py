@@ -34,8 +34,8 @@ class Decision:
                 )
 
     def tensors(self) -> dict[str, Tensor]:
-        """Its tensors by field name: what a trace stores."""
-        return {name: getattr(self, name) for name in self.__match_args__}
+        """Its tensors by field name, without those that are left out: what a trace stores."""
+        return {name: value for name in self.__match_args__ if (value := getattr(self, name)) is not None}
 
     def rows(self, index: Tensor) -> Decision:
         """The decision of the given batch rows."""
@@ -88,9 +88,11 @@ class Assign(Decision):
 
 @dataclass(frozen=True)
 class Depth(Decision):
-    """Which layers each token runs. layers `[batch, token, layer]` bool."""
+    """Which layers each token runs. layers `[batch, token, layer]` bool; small, of that shape: where a token runs a
+    smaller module in place of the layer's own, None if there is none."""
 
     layers: Tensor
+    small: Tensor | None = None
     kind: ClassVar[str] = "depth"
 
     def __post_init__(self) -> None:
@@ -99,6 +101,11 @@ class Depth(Decision):
             raise ValueError(
                 f"depth.layers must be bool [batch, token, layer] over valid {list(self.valid.shape)}, got "
                 f"{self.layers.dtype} {list(self.layers.shape)}"
+            )
+        if self.small is not None and (self.small.dtype != torch.bool or self.small.shape != self.layers.shape):
+            raise ValueError(
+                f"depth.small must be bool {list(self.layers.shape)} as layers are, got {self.small.dtype} "
+                f"{list(self.small.shape)}"
             )
 
     def spent(self) -> Tensor:

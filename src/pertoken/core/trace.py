@@ -100,7 +100,7 @@ class Trace:
             if (mine.site, mine.rows, mine.decision.kind) != (theirs.site, theirs.rows, theirs.decision.kind):
                 return False
             ours, yours = mine.decision.tensors(), theirs.decision.tensors()
-            if any(not torch.equal(ours[k], yours[k]) for k in ours):
+            if ours.keys() != yours.keys() or any(not torch.equal(ours[k], yours[k]) for k in ours):
                 return False
         return True
 

@@ -22,7 +22,7 @@ an attention that takes no `[batch, head, query, key]` mask. The results are the
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -220,6 +220,23 @@ class RaggedLayer:
                 "those before it"
             )
         self._zeros(cache, hidden, read - held)
+
+
+def by_choice(x: Tensor, valid: Tensor, choices: Sequence[tuple[Tensor, Callable[[Tensor], Tensor]]]) -> Tensor:
+    """Modules that act on every token by itself, each computed on the tokens that chose it.
+
+    x `[batch, token, width]`; valid `[batch, token]` bool; choices: which tokens `[batch, token]`, and the module. A
+    token that chose none gets zeros. A module that all real tokens chose is given the block as it is.
+    """
+    real, flat = int(valid.sum()), x.flatten(0, 1)
+    out = torch.zeros_like(flat)
+    for chosen, module in choices:
+        index = (chosen & valid).flatten().nonzero().flatten()
+        if len(index) == real:
+            return module(x)
+        if len(index):
+            out.index_copy_(0, index, module(flat[index][None])[0])
+    return out.view_as(x)
 
 
 def stays_whole(adapter: Adapter) -> bool:

@@ -99,6 +99,10 @@ class Adapter(Sites):
         """Logits `[..., vocabulary]` of normed hidden states."""
         return self.model.lm_head(hidden)
 
+    def feed_forward(self, index: int) -> nn.Module:
+        """The feed-forward block of layer `index`, which acts on every token by itself."""
+        return self.layers[index].get_submodule("mlp")
+
     def window(self, index: int) -> int | None:
         """How many positions back layer `index` may look, itself included; None for all."""
         kinds = getattr(self.config, "layer_types", None)

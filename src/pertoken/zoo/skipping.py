@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from pertoken.core.attach import attach
 from pertoken.core.budget import Budget
+from pertoken.core.policy import Policy
 from pertoken.depth.layers import LayerPolicy
 from pertoken.depth.lora import Lora
 from pertoken.depth.random_layers import RandomLayers
@@ -63,7 +64,7 @@ class SkippingTask(Task):
 
 
 @torch.inference_mode()
-def nats(model: Any, policy: LayerPolicy | None, rows: Tensor, prompt: int) -> Tensor:
+def nats(model: Any, policy: Policy | None, rows: Tensor, prompt: int) -> Tensor:
     """Loss `[row, place]` of the places after the prompt, with the policy attached; rows `[row, token]`."""
     found = []
     for ids in rows.split(4):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pertoken.models.load import load
-from pertoken.zoo import corpus
+from pertoken.zoo import corpus, reasoning
 
 SAVE_EVERY = 60.0  # seconds
 CHARACTERS = 4  # more than a token has: text for all steps of a run
@@ -39,15 +39,22 @@ class Task(ABC):
 @dataclass(frozen=True)
 class Tuning(ABC):
     """How something is trained for the zoo model `model`: `steps` batches of `batch` windows of `length` tokens, AdamW
-    with a linear warm-up of a twentieth and a linear decay to 2 %."""
+    with a linear warm-up of a twentieth and a linear decay to 2 %; the `first` steps are a stage of their own. text:
+    "code", windows of the corpus, or "reasoning", rows of `zoo.reasoning` with their answers marked."""
 
     model: str = "code-target"
+    text: str = "code"
     steps: int = 400
+    first: int = 0
     batch: int = 4
     length: int = 192
     lr: float = 2e-3
     weight_decay: float = 0.0
     seed: int = 20261128
+
+    def rate(self, step: int) -> float:
+        """Of the peak learning rate."""
+        return factor(step, self.first) if step < self.first else factor(step - self.first, self.steps - self.first)
 
     @abstractmethod
     def task(self, model: Any, tokenizer: Any) -> Task:
@@ -55,12 +62,15 @@ class Tuning(ABC):
 
 
 def factor(step: int, steps: int) -> float:
-    """Of the peak learning rate."""
+    """Of the peak learning rate, in one stage."""
     return min((step + 1) / max(steps / 20, 1), max((steps - step) / (0.95 * steps), 0.02))
 
 
 def batches(recipe: Tuning, tokenizer: Any, first: int) -> Any:
-    """Batches `[batch, length]` from step `first` on, in an order fixed by the seed."""
+    """Batches `[batch, length]`, of reasoning `[batch, 2, length]`, from step `first` on, in an order fixed by the
+    seed."""
+    if recipe.text == "reasoning":
+        yield from reasoning.batches(recipe.batch, recipe.length, tokenizer.backend_tokenizer, recipe.seed, first)
     texts = list(corpus.split_texts("train").values())
     random.Random(recipe.seed).shuffle(texts)
     wanted, enough = CHARACTERS * recipe.steps * recipe.batch * recipe.length, []
@@ -111,7 +121,7 @@ def tune(
     try:
         for step, ids in zip(range(first, until), batches(recipe, tokenizer, first), strict=False):
             for group in optimizer.param_groups:
-                group["lr"] = recipe.lr * factor(step, recipe.steps)
+                group["lr"] = recipe.lr * recipe.rate(step)
             with torch.enable_grad():
                 loss = task.loss(ids, step)
             optimizer.zero_grad(set_to_none=True)
