@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pertoken.zoo.duo import Routing
 from pertoken.zoo.skipping import Skipping
 from pertoken.zoo.stopping import Stopping
 from pertoken.zoo.tuning import Tuning
 
 TUNINGS: dict[str, Tuning] = {
+    "code-duo": Routing(),
+    "code-duo-frozen": Routing(steps=Routing.first, rank=0),
     "code-skip": Skipping(steps=150),
     "code-skip-random": Skipping(steps=150, schedule="random"),
     "code-skip-full": Skipping(steps=150, schedule="full"),
