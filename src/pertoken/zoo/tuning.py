@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pertoken.models.load import load
-from pertoken.zoo import corpus, reasoning
+from pertoken.zoo import corpus
 
 SAVE_EVERY = 60.0  # seconds
 CHARACTERS = 4  # more than a token has: text for all steps of a run
@@ -39,11 +39,9 @@ class Task(ABC):
 @dataclass(frozen=True)
 class Tuning(ABC):
     """How something is trained for the zoo model `model`: `steps` batches of `batch` windows of `length` tokens, AdamW
-    with a linear warm-up of a twentieth and a linear decay to 2 %; the `first` steps are a stage of their own. text:
-    "code", windows of the corpus, or "reasoning", rows of `zoo.reasoning` with their answers marked."""
+    with a linear warm-up of a twentieth and a linear decay to 2 %; the `first` steps are a stage of their own."""
 
     model: str = "code-target"
-    text: str = "code"
     steps: int = 400
     first: int = 0
     batch: int = 4
@@ -67,10 +65,7 @@ def factor(step: int, steps: int) -> float:
 
 
 def batches(recipe: Tuning, tokenizer: Any, first: int) -> Any:
-    """Batches `[batch, length]`, of reasoning `[batch, 2, length]`, from step `first` on, in an order fixed by the
-    seed."""
-    if recipe.text == "reasoning":
-        yield from reasoning.batches(recipe.batch, recipe.length, tokenizer.backend_tokenizer, recipe.seed, first)
+    """Batches `[batch, length]` from step `first` on, in an order fixed by the seed."""
     texts = list(corpus.split_texts("train").values())
     random.Random(recipe.seed).shuffle(texts)
     wanted, enough = CHARACTERS * recipe.steps * recipe.batch * recipe.length, []
