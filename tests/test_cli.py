@@ -25,7 +25,7 @@ print(CliRunner().invoke(pertoken.cli.app, ["--help"]).stdout)
 heavy = {"torch", "transformers", "numpy", "jinja2"} & set(sys.modules)
 assert not heavy, heavy
 """
-COMMANDS = [("methods",), ("bench",), ("run",), ("demo",), ("trace",), ("zoo", "list"), ("zoo", "train")]
+COMMANDS = [("methods",), ("bench",), ("tune",), ("run",), ("demo",), ("trace",), ("zoo", "list"), ("zoo", "train")]
 
 
 def call(*arguments):
@@ -72,7 +72,7 @@ def test_every_command_has_help_with_an_example(command):
 def test_help_lists_the_commands_and_loads_nothing_heavy():
     found = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, env={"PYTHONPATH": PATH})
     assert found.returncode == 0, found.stderr
-    assert all(command in found.stdout for command in ("methods", "bench", "run", "demo", "trace", "zoo"))
+    assert all(command in found.stdout for command in ("methods", "bench", "tune", "run", "demo", "trace", "zoo"))
 
 
 def test_version():
@@ -107,6 +107,10 @@ BAD = {
     "an unknown command": ["dance"],
     "bench without a name": ["bench"],
     "run without a model": ["run", "full", "--prompt", "x"],
+    "run without a method": ["run", "--model", "x", "--prompt", "y"],
+    "run with another file as its configuration": ["run", "--config", "nowhere.json", "--prompt", "y"],
+    "tune without data": ["tune", "skip_layers", "--model", "x"],
+    "tune on a directory": ["tune", "skip_layers", "--model", "x", "--data", "."],
     "run without a prompt": ["run", "full", "--model", "x"],
     "run with two prompts": ["run", "full", "--model", "x", "--prompt", "y", "--input", "z"],
     "run with a missing file": ["run", "full", "--model", "x", "--input", "nowhere.txt"],
@@ -180,6 +184,14 @@ def test_bench_prints_a_table(toy):
     assert not (toy / "elsewhere").exists()
 
 
+def test_bench_prints_the_table_of_a_claim(toy):
+    rows = [{"side": "full [1]", "exact": 0.123456}, {"side": "mine", "exact": 1.0}]
+    made = Measurement(3, "full", 2, 1, {"table": rows})
+    claims.claim("toy", claim="has a table", metric="x", expected="> 1")(lambda bench: made)
+    printed = " ".join(call("bench", "toy", "--quick").stdout.split())
+    assert "side exact" in printed and "full [1] 0.1235" in printed and "mine 1" in printed
+
+
 def test_a_claim_that_does_not_hold_exits_1(toy):
     claims.claim("toy", claim="is [free]", metric="cost", expected="== 0", compare="value")(lambda bench: 1 / 0)
     found = call("bench", "toy", "--json", "--quick")
@@ -244,9 +256,9 @@ def test_run_saves_its_trace(toy, monkeypatch):
 def test_several_traces_get_a_file_each(tmp_path):
     several = comparison()
     several.traces.append(trace())
-    several.traces[1].about["method"] = "other"
+    several.traces[1].about["method"] = "other, attached"
     cli.save_traces(several, tmp_path / "t.safetensors")
-    assert {path.name for path in tmp_path.iterdir()} == {"t.toy.safetensors", "t.other.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {"t.toy.safetensors", "t.other-attached.safetensors"}
 
 
 def test_a_trace_is_read_as_json(tmp_path):

@@ -1,4 +1,6 @@
-"""Command line: methods, bench, run, demo, trace, zoo. Exit codes: 0 fine, 1 a claim or run failed, 2 bad arguments.
+"""Command line: methods, bench, tune, run, demo, trace, zoo.
+
+Exit codes: 0 fine, 1 a claim or run failed, 2 bad arguments.
 
 Everything heavy is imported inside the commands, so that help is instant.
 """
@@ -6,6 +8,7 @@ Everything heavy is imported inside the commands, so that help is instant.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -155,7 +158,7 @@ def methods(as_json: AsJson = False, results: Results = None) -> None:
 
 @app.command()
 def bench(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Methods whose claims to measure.")],
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Methods, or code: all methods on one task.")],
     quick: Annotated[bool, typer.Option(help="Fewer samples, under two minutes, nothing is written.")] = False,
     as_json: AsJson = False,
     results: Results = None,
@@ -164,7 +167,13 @@ def bench(
 ) -> None:
     """Measure the claims of methods; a full run keeps every finished claim in results/NAME.json.
 
+    `code` compares methods that decode or skip layers by their completions of held-out Python: lines (exact, edit
+    similarity), functions (ROUGE-L, do they parse) and functions that are run on their tests, each beside a random
+    choice at its budget. It ends with a table of methods by measures.
+
     Example: pertoken bench dyspec --quick
+
+    Example: pertoken bench code --json
     """
     from pertoken.bench.catalogue import number
     from pertoken.bench.runner import run
@@ -190,6 +199,11 @@ def bench(
             figures += f", ratio {number(record['ratio'])}, expected {record['expected']}; {record['metric']}"
             out.print(f"{verdict} {record['method']}: {escaped(record['claim'])}")
             out.print(f"              [red]{escaped(error)}" if error else f"              [dim]{escaped(figures)}")
+            if lines := record.get("detail", {}).get("table"):
+                shown = table(*lines[0])
+                for line in lines:
+                    shown.add_row(*(escaped(v) if isinstance(v, str) else number(v) for v in line.values()))
+                out.print(shown)
     kept = ", ".join(map(str, outcome.saved)) or "nothing"
     if outcome.interrupted:
         complain(f"stopped; {len(outcome.records)} finished claim(s), kept in: {kept}")
@@ -200,8 +214,13 @@ def bench(
 
 @app.command()
 def run(
-    names: Annotated[list[str], typer.Argument(metavar="NAME[+NAME...]", help="Methods, beside the dense model.")],
-    model: Annotated[str, typer.Option(help="Directory, hub id, or zoo:NAME.")],
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME[+NAME...]", help="Methods, beside the dense model.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Directory, hub id, or zoo:NAME.", show_default="--config's")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A method with settings, as `tune` chose them.")] = None,
     draft: Annotated[str | None, typer.Option(help="Draft model, for methods that need one.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Text to go on from.")] = None,
     input_file: Annotated[
@@ -253,13 +272,37 @@ def run(
 
     Example: pertoken run dyspec --model zoo:code-target --prompt "def parse(text):" --html report.html
 
+    Example: pertoken run --config tuned.json --prompt "def parse(text):"
+
     Example: pertoken run dymu --model zoo:scenes-segmenter --input photo.png --html regions.html
+
+    Example: pertoken run langdc --model zoo:clips-langdc --input clip.gif --prompt "how many things ?" --html clip.html
     """
-    if (prompt is None) == (input_file is None):
+    seen = input_file is not None and is_picture(input_file)
+    if not seen and (prompt is None) == (input_file is None):
         raise ValueError('give one of --prompt "TEXT" and --input FILE')
-    if input_file is not None and is_picture(input_file):
+    chosen = None
+    if config is not None:
+        from pertoken.bench.settings import Config
+
+        chosen = Config.load(config)
+        model, draft = model or chosen.model, draft or chosen.draft
+    if not names and chosen is None:
+        raise ValueError("give the NAME of a method, or --config FILE as `pertoken tune` wrote it")
+    if model is None:
+        raise ValueError("give --model: a directory, a hub id, or zoo:NAME")
+    names = names or []
+    if input_file is not None and seen:
+        from pertoken.bench.clip_run import is_watcher, watch
         from pertoken.bench.picture_run import look
 
+        if is_watcher(model):
+            with progress() as status:
+                watched = watch(names, model, input_file, prompt, dtype, device, status=status)
+            show_clip(watched, as_json, html)
+            return
+        if prompt is not None:
+            raise ValueError("--prompt beside a picture is a question about a clip; give a model that watches clips")
         with progress() as status:
             looks = look(names, model, input_file, dtype, device, status)
         show_pictures(looks, as_json, html)
@@ -269,7 +312,7 @@ def run(
 
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
     canvas = {"block": block, "steps": steps, "filter": filter_file and str(filter_file), "language": language}
-    canvas |= {"grammar": grammar and str(grammar), "json_schema": json_schema and str(json_schema)}
+    canvas |= {"grammar": grammar and str(grammar), "json_schema": json_schema and str(json_schema), "config": chosen}
     options = Options(max_new_tokens, dtype=dtype, device=device, baseline=baseline, batch=batch, **sampling, **canvas)
     prompts = [prompt] if prompt is not None else read_prompts(input_file)  # type: ignore[arg-type]
     with progress() as status:
@@ -279,9 +322,140 @@ def run(
     show(found, as_json, html)
 
 
+@app.command()
+def tune(
+    name: Annotated[str, typer.Argument(metavar="METHOD", help="A policy or decoder with a dial.")],
+    model: Annotated[str, typer.Option(help="Directory, hub id, or zoo:NAME.")],
+    data: Annotated[
+        Path,
+        typer.Option(help='Prompts: one per line; .tsv: answers behind a tab; .jsonl: "prompt" and maybe "answer".'),
+    ],
+    keep_quality: Annotated[float, typer.Option(help="Share of the whole model's quality to keep.")] = 0.99,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where the choice goes, the chart beside it.", show_default="METHOD.tuned.json"),
+    ] = None,
+    values: Annotated[
+        str | None, typer.Option(help="Values of the dial, with commas.", show_default="those of its card")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Another setting of the method.")
+    ] = None,
+    draft: Annotated[str | None, typer.Option(help="Draft model, for methods that need one.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate per prompt.")] = 64,
+    limit: Annotated[int | None, typer.Option(help="Take only so many prompts, from the first.")] = None,
+    batch: Annotated[int, typer.Option(help="Prompts generated together.")] = 8,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16, or auto (as stored).")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto (the GPU where there is one).")] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Find the setting of a method that spends least and keeps the quality, on your own texts.
+
+    Turns the method's dial (`methods --json` names it; a policy's is its budget), shows quality against computation
+    beside the whole model (full) and a random choice that spends as much, and writes the chosen setting to a file for
+    `pertoken run --config`. If nothing keeps the quality, it says so and writes full.
+
+    Quality without answers: mean edit similarity (1 - edits / length of the longer text) of the output with that of the
+    whole model, decoding greedily; the whole model has 1. With answers: mean edit similarity of the output, as far as
+    the answer is long, with the answer, over that of the whole model.
+
+    Computation: floating-point operations of the run, prompts included, over those of the whole model. A policy is
+    attached and not verified (`run POLICY` would verify it).
+
+    Ctrl-C keeps the settings tried so far. Exit codes: 0 a choice was written, 1 stopped before the end, 2 bad
+    arguments.
+
+    Example: pertoken tune stop_exit --model zoo:code-target --data prompts.txt --keep-quality 0.95
+    """
+    from pertoken.bench.compare import Options
+    from pertoken.bench.settings import dial_of, setting, value_of
+    from pertoken.bench.texts import read_examples
+    from pertoken.bench.tune import tune as sweep
+    from pertoken.bench.tune import write
+    from pertoken.core.card import card
+    from pertoken.methods import load_methods
+
+    load_methods()
+    one = card(name)
+    dial = dial_of(one)
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit} is too few; give at least 1")
+    examples = read_examples(data)[:limit]
+    others = dict(setting(one, text) for text in settings or ())
+    tried = [value_of(dial.name, text.strip()) for text in values.split(",")] if values else None
+    options = Options(max_new_tokens, dtype=dtype, device=device, batch=batch)
+    with progress() as status:
+        found = sweep(
+            name, model, draft, examples, options,
+            keep=keep_quality, values=tried, settings=others, data=str(data), status=status,
+        )  # fmt: skip
+    kept = write(found, out or Path(f"{name}.tuned.json")) if found.points else []
+    if as_json:
+        print_json(found.to_json())
+    else:
+        show_tuned(found)
+    if kept:
+        print(f"configuration: {kept[0]}, chart: {kept[1]}", file=sys.stderr)
+    if found.interrupted:
+        complain(f"stopped; {len(found.of(name))} setting(s) were tried")
+    raise typer.Exit(1 if found.interrupted else 0)
+
+
+def show_tuned(found: Any) -> None:
+    """The settings of a sweep with their quality as bars, and what was chosen."""
+    from pertoken.bench.catalogue import number
+
+    rows, out = table(found.dial, "operations", "quality", "95 %", "", "same text"), console()
+    theirs = {point.setting: point for point in found.of("random")}
+    for point in sorted((p for p in found.points if p.of != "random"), key=lambda p: p.compute):
+        for one in filter(None, (point, theirs.get(point.setting) if point.of != "full" else None)):
+            of_random = one.of == "random"
+            bar = ("░" if of_random else "█") * round(12 * min(max(one.quality, 0), 1))
+            name = "  random" if of_random else one.setting.partition("=")[2] or one.of
+            cells = (name, f"{100 * one.compute:.1f} %", f"{one.quality:.3f}", f"{one.low:.2f}–{one.high:.2f}", bar)
+            rows.add_row(*map(escaped, cells), f"{100 * one.same:.0f} %", style="dim" if of_random else None)
+    out.print(rows)
+    for name, reason in found.left_out.items():
+        out.print(f"{name} was left out: {reason}", style="yellow", markup=False)
+    if found.idle:
+        out.print(
+            f"No setting of {found.method} changed anything on these texts: they may be shorter than what it always "
+            "keeps, or a part that it needs was not given (--set).",
+            style="yellow",
+        )
+    chosen = found.chosen
+    if chosen is not None:
+        told = f"{found.method} {chosen.setting} keeps {number(chosen.quality)} of the quality for "
+        out.print(f"[green]chosen:[/] {escaped(told)}{100 * chosen.compute:.1f} % of the operations", soft_wrap=True)
+    elif found.points:
+        told = "spends less and keeps" if found.keep <= 1 else "reaches"
+        out.print(f"[yellow]chosen: {found.whole}[/]; nothing that was tried {told} {found.keep:g} of the quality", soft_wrap=True)
+
+
 def is_picture(path: Path) -> bool:
     """Whether an input is a picture or a folder of them."""
     return path.is_dir() or path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def show_clip(watched: Any, as_json: bool, html: Path | None) -> None:
+    """Sides of a run on a clip on stdout and, if asked for, as a page with the clip as a strip."""
+    if html is not None:
+        from pertoken.view.regions import write
+
+        write(watched.drawn, f"{watched.model}: {watched.clip}", html)
+        print(f"report: {html}", file=sys.stderr)
+    if as_json:
+        print_json(watched.to_json())
+        return
+    rows = table("method", "tokens", "seconds", "speed-up", "GFLOP", "answer", title=escaped(watched.question))
+    for one in watched.sides:
+        figures = (str(one.tokens), f"{one.seconds:.4f}", f"{one.speedup:.2f}", f"{one.flops / 1e9:.3f}")
+        rows.add_row(one.name, *figures, escaped(one.answer))
+    out = console()
+    out.print(rows)
+    for one in watched.sides:
+        for number, text in enumerate(one.said, 1):
+            out.print(f"{one.name}, segment {number}: {escaped(text)}")
 
 
 def show_pictures(looks: Any, as_json: bool, html: Path | None) -> None:
@@ -350,7 +524,8 @@ def save_traces(found: Any, path: Path) -> None:
     if not wanted:
         raise ValueError(f"none of the methods records decisions, so there is nothing to save in {path}")
     for one in wanted:
-        own = path if len(wanted) == 1 else path.with_name(f"{path.stem}.{one.about['method']}{path.suffix}")
+        part = re.sub(r"[^\w+-]+", "-", one.about["method"])
+        own = path if len(wanted) == 1 else path.with_name(f"{path.stem}.{part}{path.suffix}")
         one.save(own)
         print(f"trace: {own}", file=sys.stderr)
 
@@ -428,6 +603,7 @@ def zoo_train(
     """
     from pertoken.bench.catalogue import recipe
     from pertoken.bench.curve import write_curve
+    from pertoken.zoo.pausing import PAUSES, learn
     from pertoken.zoo.recipe import FILTERS
     from pertoken.zoo.scenes_models import SCENE_RECIPES, SceneRun
     from pertoken.zoo.train import Run
@@ -442,6 +618,10 @@ def zoo_train(
         with progress() as status:
             for path in train_filters(name, out / name, wanted, steps, status):
                 print(f"filter: {path}", file=sys.stderr)
+        return
+    if name in PAUSES:
+        with progress() as status:
+            print(f"threshold: {learn(out / name, wanted, status)}", file=sys.stderr)
         return
     if name in TUNINGS:
         from pertoken.zoo.tuning import tune

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pertoken.bench import claims
 from pertoken.bench.claims import Bench, Claim, Expected, Measurement, claims_of, jsonable
 
 KEYS = ["method", "claim", "metric", "value", "baseline", "baseline_value", "ratio", "expected", "holds", "seed", "n"]
@@ -95,6 +96,12 @@ def test_malformed_claims_are_refused(toy):
 def test_claims_of_an_unknown_method_suggest_the_nearest(toy):
     with pytest.raises(ValueError, match="did you mean toy"):
         claims_of("toi")
+
+
+def test_a_bench_of_many_methods_needs_no_card(toy, monkeypatch):
+    monkeypatch.setitem(claims.BENCHES, "many", "spending")
+    claims.claim("many", claim="all", metric="x", expected="> 1")(lambda bench: None)
+    assert [one.claim for one in claims_of("many")] == ["all"]
 
 
 def test_a_framework_module_is_no_claim_module(toy, monkeypatch):

@@ -6,9 +6,11 @@ import torch
 from pertoken.bench import compare as module
 from pertoken.bench import sides
 from pertoken.bench.compare import Options, compare
-from pertoken.bench.sides import Given, default_draft, default_filter, make_side
-from pertoken.bench.texts import agreement, pieces, read_prompts
+from pertoken.bench.settings import Config
+from pertoken.bench.sides import Given, default_controller, default_drafts, default_filter, make_side
+from pertoken.bench.texts import Example, agreement, pieces, read_examples, read_prompts
 from pertoken.core import card
+from pertoken.core.budget import Budget
 from pertoken.methods import load_methods
 from tests.bench import toys
 
@@ -165,9 +167,69 @@ def test_a_draft_with_another_tokenizer_is_refused(decoders, monkeypatch):
 
 
 def test_the_zoo_has_a_draft_for_methods_that_need_one(decoders):
-    assert default_draft("zoo:code-target", ["full", "right"]) == "zoo:code-draft"
-    assert default_draft("zoo:code-target", ["full"]) is None
-    assert default_draft("code-target", ["right"]) is None
+    assert default_drafts("zoo:code-target", ["full", "right"]) == {"causal": "zoo:code-draft"}
+    assert default_drafts("zoo:code-target", ["full"]) == {}
+    assert default_drafts("code-target", ["right"]) == {}
+    given = {"question": "decode", "shape": "decoder", "exactness": "lossless", "paper": card.Paper("filler")}
+    card.method(**given, name="filler", needs={"diffusion_draft"})(type("Filler", (), {"__module__": "tests"}))
+    assert default_drafts("zoo:code-target", ["filler"]) == {"diffusion": "zoo:code-diffusion"}
+    assert set(default_drafts("zoo:code-target", ["filler", "right"])) == {"causal", "diffusion"}
+
+
+def test_a_diffusion_draft_may_have_a_mask_of_its_own(decoders, monkeypatch):
+    given = {"question": "decode", "shape": "decoder", "exactness": "lossless", "paper": card.Paper("filler")}
+    card.method(**given, name="filler", needs={"diffusion_draft"})(type("Filler", (), {"__module__": "tests"}))
+
+    def load(name, options):
+        tokenizer, model = toys.tokenizer(), toys.model()
+        if name == "masked":
+            tokenizer.add_special_tokens({"mask_token": "<mask>"})
+            model.config.is_causal = False
+        return model, tokenizer
+
+    monkeypatch.setattr(module, "load_model", load)
+    found = compare(["filler"], "toy", "masked", ["x"], small())
+    assert found.draft == "masked" and found.runs[-1].identical
+    with pytest.raises(ValueError, match=r"masked \(258 tokens\) does not share the tokenizer of toy"):
+        compare(["right"], "toy", "masked", ["x"], small())
+
+
+def test_the_zoo_has_a_controller_for_exits():
+    assert default_controller("zoo:code-target", ["stop_exit"]) == "zoo:code-stop"
+    assert default_controller("zoo:code-target", ["skipdecode"]) is None
+    assert default_controller("somewhere", ["stop_exit"]) is None
+    load_methods()
+    side = make_side("stop_exit", "causal", Given(controller="zoo:code-stop"))
+    assert side.alone.classifier is not None
+
+
+def test_what_policies_decide_is_recorded(kinds):
+    found = compare(["full+skip_layers", "skip_layers"], "toy", None, ["x = 1", "for"], small())
+    by_name = {trace.about["method"]: trace for trace in found.traces}
+    assert set(by_name) == {
+        "full",
+        "full+skip_layers",
+        "full+skip_layers: SkipLayers",
+        "skip_layers",
+        "skip_layers, attached",
+    }
+    assert {step.decision.kind for step in by_name["full+skip_layers"].steps} == {"commit"}
+    for name in ("full+skip_layers: SkipLayers", "skip_layers, attached"):
+        assert {step.decision.kind for step in by_name[name].steps} == {"depth"}
+        assert len(by_name[name].about["rows"]) == 2 and by_name[name].about["runs"]
+    pieces_of = lambda name: ["".join(row["output"]) for row in by_name[name].about["rows"]]  # noqa: E731
+    assert pieces_of("full+skip_layers: SkipLayers") == pieces_of("full+skip_layers")
+    assert pieces_of("skip_layers, attached") == pieces_of("full+skip_layers")
+
+
+def test_a_configuration_is_one_more_side(kinds):
+    config = Config("skip_layers", {"budget": Budget(layers=1)}, "toy")
+    found = compare(["full"], "toy", None, ["x = 1"], small(config=config))
+    assert [run.name for run in found.runs] == ["generate", "full", "skip_layers budget=layers=1"]
+    assert found.runs[2].flops < found.runs[0].flops and found.runs[2].identical is False
+    json.dumps(found.to_json(), allow_nan=False, default=str)
+    same = compare(["full"], "toy", None, ["x = 1"], small(config=Config("full", {}, "toy")))
+    assert [run.name for run in same.runs] == ["generate", "full"]
 
 
 def test_pieces_join_to_the_text_and_keep_characters_whole():
@@ -187,6 +249,33 @@ def test_prompts_of_a_file(tmp_path):
     rows.write_text('{"prompt": "line\\nbreak"}\n{"prompt": "b", "more": 1}\n')
     assert read_prompts(plain) == ["one", "  two"]
     assert read_prompts(rows) == ["line\nbreak", "b"]
+
+
+def test_answers_of_a_file(tmp_path):
+    tabs, rows = tmp_path / "a.tsv", tmp_path / "a.jsonl"
+    tabs.write_text("one\tuno\ntwo\tdos y medio\n")
+    rows.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "c", "completion": ""}\n')
+    assert read_examples(tabs) == [Example("one", "uno"), Example("two", "dos y medio")]
+    assert read_examples(rows) == [Example("a", "b"), Example("c", "")]
+
+
+UNREADABLE = {
+    "bytes.txt": (b"\xff\xfe\x00", "is not UTF-8 text"),
+    "half.tsv": (b"a\tb\nc\n", "line 2 has no answer, others have"),
+    "number.jsonl": (b'{"prompt": 5}', "line 1 is not an object"),
+    "blank.jsonl": (b'{"prompt": " "}', "line 1 has an empty prompt"),
+    "empty.txt": (b"\n\n", "holds no prompt"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_unreadable_data_is_said_to_be_so(tmp_path, name):
+    text, message = UNREADABLE[name]
+    (tmp_path / name).write_bytes(text)
+    with pytest.raises(ValueError, match=message):
+        read_examples(tmp_path / name)
+    with pytest.raises(ValueError, match="is a directory"):
+        read_examples(tmp_path)
 
 
 @pytest.mark.parametrize("text", ['{"prompt": 1', '{"text": "x"}', "[1]"])
@@ -216,7 +305,6 @@ def test_the_demo_goes_on_from_held_out_source():
 def test_policies_are_attached_under_a_decoder_and_taken_off(decoders, monkeypatch):
     from dataclasses import dataclass
 
-    from pertoken.core.budget import Budget
     from pertoken.core.policy import Policy
 
     @dataclass(frozen=True)

@@ -7,12 +7,16 @@ function under test is the prompt's own.
 from __future__ import annotations
 
 import ast
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any
 
+import numpy as np
+
+_WORDS = re.compile(r"\w+|[^\w\s]")
 LARGEST = 10**6  # numbers beyond this are not computed with: a test could ask for a text of that length
 
 
@@ -87,6 +91,33 @@ def parses(text: str) -> bool:
 def likeness(one: str, other: str) -> float:
     """Share of the characters of both texts in blocks that they have in common, in order."""
     return SequenceMatcher(None, one, other, autojunk=False).ratio()
+
+
+def edit_similarity(one: str, other: str) -> float:
+    """One minus the fewest insertions, deletions and replacements of characters that turn one text into the other
+    (Levenshtein), over the length of the longer; 1 for equal texts."""
+    if not one or not other:
+        return float(one == other)
+    letters, steps = np.array([ord(letter) for letter in other]), np.arange(len(other) + 1)
+    row = steps
+    for number, letter in enumerate(one, 1):
+        best = np.minimum(row[1:] + 1, row[:-1] + (letters != ord(letter)))
+        row = np.minimum.accumulate(np.concatenate([[number], best]) - steps) + steps
+    return 1 - float(row[-1]) / max(len(one), len(other))
+
+
+def rouge_l(one: str, other: str) -> float:
+    """ROUGE-L (Lin 2004): F1 of the longest common subsequence of the words and signs of two texts; 1 if both have
+    none."""
+    words, others = _WORDS.findall(one), _WORDS.findall(other)
+    if not words or not others:
+        return float(words == others)
+    row = [0] * (len(others) + 1)
+    for word in words:
+        before = 0
+        for at, theirs in enumerate(others, 1):
+            before, row[at] = row[at], before + 1 if word == theirs else max(row[at], row[at - 1])
+    return 2 * row[-1] / (len(words) + len(others))
 
 
 def judge(prompts: list[str], answers: list[str], originals: list[str], tests: bool) -> Quality:

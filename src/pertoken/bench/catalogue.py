@@ -7,6 +7,7 @@ from typing import Any
 
 from pertoken.bench import results
 from pertoken.bench.claims import claims_of
+from pertoken.bench.settings import dial_of
 from pertoken.core.card import Card, card, cards
 from pertoken.methods import load_methods
 from pertoken.models.kind import kind_needed
@@ -41,6 +42,7 @@ def entry(name: str, directory: Path) -> dict[str, Any]:
         "families": _families(one),
         "baseline": one.baseline,
         "baselines": list(one.baselines),
+        "dial": dial_name(one),
         "claims": [
             {
                 "claim": c.claim,
@@ -61,6 +63,14 @@ def _families(one: Card) -> list[str]:
     from pertoken.models import families
 
     return list(families())
+
+
+def dial_name(one: Card) -> str | None:
+    """The setting that `pertoken tune` sweeps, None where there is none."""
+    try:
+        return dial_of(one).name
+    except ValueError:
+        return None
 
 
 def headline(one: dict[str, Any]) -> str:
@@ -93,11 +103,12 @@ def recipe(name: str) -> Any:
     """The recipe of a zoo model, filter or tuning; an unknown name raises `ValueError` naming the nearest ones."""
     import difflib
 
+    from pertoken.zoo.pausing import PAUSES
     from pertoken.zoo.recipe import FILTERS, RECIPES
     from pertoken.zoo.scenes_models import SCENE_RECIPES
     from pertoken.zoo.tunings import TUNINGS
 
-    known = RECIPES | FILTERS | TUNINGS | SCENE_RECIPES
+    known = RECIPES | FILTERS | TUNINGS | PAUSES | SCENE_RECIPES
     if name in known:
         return known[name]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
@@ -108,20 +119,23 @@ def recipe(name: str) -> Any:
 def zoo_entries() -> list[dict[str, Any]]:
     """One entry per zoo model, filter or tuning; bytes of its weights, 0 where they are not installed."""
     from pertoken.zoo import WEIGHTS
+    from pertoken.zoo.pausing import PAUSES
     from pertoken.zoo.recipe import FILTERS, RECIPES
     from pertoken.zoo.scenes_models import SCENE_RECIPES
     from pertoken.zoo.tunings import TUNINGS
 
     sizes = {name: (one.shape.layers, one.shape.width, one.shape.vocab) for name, one in RECIPES.items()}
     sizes |= {name: (max(one.layers), one.block, None) for name, one in FILTERS.items()}
-    sizes |= dict.fromkeys(TUNINGS, (None, None, None))
+    sizes |= dict.fromkeys(TUNINGS | PAUSES, (None, None, None))
     sizes |= {name: (one.layers, one.width, None) for name, one in SCENE_RECIPES.items()}
     teachers = {name: one.teacher for name, one in RECIPES.items()}
-    teachers |= {name: one.model for name, one in (FILTERS | TUNINGS).items()}
+    teachers |= {name: one.model for name, one in (FILTERS | TUNINGS | PAUSES).items()}
     teachers |= {name: one.start for name, one in SCENE_RECIPES.items()}
     found = []
     for name, (layers, width, vocabulary) in sizes.items():
         files = list((WEIGHTS / name).glob("*.safetensors"))
+        if name in PAUSES and PAUSES[name].kept.is_file():
+            files = [PAUSES[name].kept]
         found.append(
             {
                 "name": name,
@@ -130,7 +144,7 @@ def zoo_entries() -> list[dict[str, Any]]:
                 "vocabulary": vocabulary,
                 "steps": recipe(name).steps,
                 "teacher": teachers[name],
-                "path": str(WEIGHTS / name) if files else None,
+                "path": str(files[0].parent) if files else None,
                 "bytes": sum(path.stat().st_size for path in files),
             }
         )

@@ -28,6 +28,7 @@ FRAMEWORK = (
     "claims",
     "code_tasks",
     "compare",
+    "completion",
     "curve",
     "demo",
     "diffusion",
@@ -40,12 +41,17 @@ FRAMEWORK = (
     "pictures",
     "results",
     "runner",
+    "settings",
     "sides",
+    "spending",
     "study_images",
     "study_runs",
     "suite",
     "texts",
+    "tune",
 )
+BENCHES = {"code": "completion"}
+"""Modules of what is measured over many methods and is none itself, by name."""
 COMPARISONS = ("ratio", "value")
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
@@ -205,12 +211,16 @@ def stem(name: str) -> str:
 
 
 def claims_of(name: str) -> list[Claim]:
-    """The claims of one method in the order they were written, importing their module when first asked.
+    """The claims of one method, or of one of `BENCHES`, in the order they were written, importing their module when
+    first asked.
 
-    Raises `ValueError` for an unknown method. A method without a module of claims has none.
+    Raises `ValueError` for an unknown name. A method without a module of claims has none.
     """
-    card(name)
-    module = f"{__package__}.{stem(name)}"
-    if stem(name) not in FRAMEWORK and find_spec(module) is not None:
-        importlib.import_module(module)
+    if name in BENCHES:
+        importlib.import_module(f"{__package__}.{BENCHES[name]}")
+    else:
+        card(name)
+        module = f"{__package__}.{stem(name)}"
+        if stem(name) not in FRAMEWORK and find_spec(module) is not None:
+            importlib.import_module(module)
     return [c for c in _CLAIMS.values() if c.method == name]

@@ -1,9 +1,10 @@
-"""Code to be written whose correctness a program can tell: bodies of functions, and unit tests.
+"""Code to be written whose correctness a program can tell: rests of lines, bodies of functions, and unit tests.
 
-*Bodies*: the first line of a function of `zoo.unit_tests`, under a name that says what it computes; an answer passes if
-the function, run in a process of its own, gives the right results on random arguments. *Assertions*: such a function
-with its body; an answer passes if it consists of true tests of that function, the last line ended. Seeds are beyond
-those of training, but the kinds of functions are those trained on: what is asked is to recall and apply, not to invent.
+*Rests of lines*: held-out code that stops within a line. *Bodies*: the first line of a function of `zoo.unit_tests`,
+under a name that says what it computes; an answer passes if the function, run in a process of its own, gives the right
+results on random arguments. *Assertions*: such a function with its body; an answer passes if it consists of true tests
+of that function, the last line ended. Seeds are beyond those of training, but the kinds of functions are those trained
+on: what is asked is to recall and apply, not to invent.
 """
 
 from __future__ import annotations
@@ -50,6 +51,19 @@ def assertions(count: int, seed: int = UNSEEN) -> list[Problem]:
     return [Problem(source, lines) for source, lines in list(pairs)[:count]]
 
 
+def rests_of_lines(count: int | None = None) -> list[Problem]:
+    """Excerpts of held-out files that stop within a line; the original is the rest of that line."""
+    from pertoken.zoo import corpus
+    from pertoken.zoo.evaluate import prompts
+
+    texts, found = list(corpus.split_texts("heldout").values()), []
+    for prompt in prompts():
+        rests = (text.partition(prompt)[2].split("\n", 1)[0] for text in texts if prompt in text)
+        if (rest := next(rests, "")).strip() and not prompt.endswith("\n"):
+            found.append(Problem(prompt, rest.rstrip()))
+    return found[:count]
+
+
 def _template(line: str, body: str) -> Template:
     name = line.removeprefix("def ").split("(")[0]
     known = [t for t in TEMPLATES if f"return {t.python}\n" == body.strip() + "\n" and t.name in name]
@@ -63,6 +77,11 @@ def _checks(line: str, template: Template, rng: random.Random) -> str:
         given = [MAKERS[kind](rng) for kind in template.parameters.values()]
         lines.append(f"assert {name}({', '.join(map(repr, given))}) == {compute(*given)!r}\n")
     return "".join(lines)
+
+
+def line_of(answer: str) -> str:
+    """The part of an answer that belongs to the line begun in the prompt."""
+    return answer.split("\n", 1)[0].rstrip()
 
 
 def body_of(answer: str) -> str:

@@ -9,15 +9,17 @@ a diffusion model, which that loop cannot run, `dense`, one commit per step and 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pertoken.bench.settings import Config
 from pertoken.bench.sides import (
     ARTICLE,
     DENSE,
@@ -27,18 +29,21 @@ from pertoken.bench.sides import (
     Side,
     check_kind,
     default_baseline,
-    default_draft,
+    default_controller,
+    default_drafts,
     default_filter,
     make_side,
+    needed,
     parts_of,
     reference,
+    set_side,
 )
 from pertoken.bench.texts import agreement, texts
 from pertoken.core import cost
 from pertoken.core.attach import attach
 from pertoken.core.trace import Trace
 from pertoken.methods import load_methods
-from pertoken.models.kind import kind_of
+from pertoken.models.kind import DRAFTS, kind_of
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Options:
     """How to generate. temperature 0 is greedy; dtype and device as in `models.load`; baseline: None for the default of
     the model's kind; batch: prompts generated together; block, steps: of a diffusion model's canvas, None for the
     methods' own; filter, language: for methods that take them; grammar, json_schema: file that says what may be written
-    (see `decode.grammar.files`), at most one of the two."""
+    (see `decode.grammar.files`), at most one of the two; config: a method with settings, to be one more side."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -64,6 +69,7 @@ class Options:
     language: str | None = None
     grammar: str | None = None
     json_schema: str | None = None
+    config: Config | None = None
 
     def __post_init__(self) -> None:
         if self.grammar and self.json_schema:
@@ -138,6 +144,91 @@ def load_model(name: str, options: Options) -> tuple[Any, Any]:
     return load(name, options.dtype, options.device)
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What the sides of a comparison share. names: the reference, the baseline and what was asked for; drafts: names of
+    the models that draft; batches: prompts as left-padded ids and masks; options: with the baseline named."""
+
+    model: Any
+    tokenizer: Any
+    kind: str
+    names: list[str]
+    drafts: list[str]
+    given: Given
+    engine: Any
+    batches: list[dict[str, Tensor]]
+    options: Options
+
+
+def set_up(
+    names: list[str],
+    model_name: str,
+    draft_name: str | None,
+    prompts: list[str],
+    options: Options,
+    status: Callable[[str], None] = lambda text: None,
+) -> Setup:
+    """Load what methods with these names need on this model, and check that all of it fits together, as `compare`
+    says."""
+    load_methods()
+    asked = [name for name in (options.baseline, *names) if name not in (None, PLAIN, DENSE)]
+    if options.config is not None and options.config.method != DENSE:
+        asked.append(options.config.method)
+    for name in asked:
+        parts_of(name)
+    if not prompts or any(not prompt.strip() for prompt in prompts):
+        raise ValueError("a prompt is empty; give each some text to go on from")
+    status(f"loading {model_name}")
+    model, tokenizer = load_model(model_name, options)
+    kind = kind_of(model)
+    baseline = options.baseline or default_baseline(kind)
+    options, wanted = replace(options, baseline=baseline), list(dict.fromkeys([reference(kind), baseline, *names]))
+    for name in wanted:
+        check_kind(name, kind, model_name)
+    if options.config is not None and options.config.method != DENSE:
+        check_kind(options.config.method, kind, model_name, attached=True)
+    if kind != "diffusion" and (options.block or options.steps):
+        raise ValueError(f"block and steps are settings of a canvas; {model_name} is {ARTICLE[kind]} {kind} model")
+    every = [*wanted, *asked]
+    drafts, draft_names = _drafts(every, model_name, draft_name, tokenizer, options)
+    controller = default_controller(model_name, every)
+    given = Given(drafts, tokenizer, options.filter, controller, options.language, options.block, options.steps)
+    engine = _engine(asked, kind, model, tokenizer, options, status)
+    if engine is not None and kind == "diffusion":
+        from pertoken.decode.grammar.moves import Moves
+        from pertoken.denoise.grammar_canvas import GrammarCanvas
+
+        given = replace(given, constraint=GrammarCanvas(Moves(engine)))
+    if options.filter is None and kind == "diffusion":
+        given = replace(given, filter=default_filter(model_name, every, given.places(options.max_new_tokens)))
+    batches = [
+        tokenizer(prompts[i : i + options.batch], return_tensors="pt", padding=True, padding_side="left")
+        for i in range(0, len(prompts), options.batch)
+    ]
+    batches = [{k: batch[k].to(model.device) for k in ("input_ids", "attention_mask")} for batch in batches]
+    _check_room(model, batches, options)
+    return Setup(model, tokenizer, kind, wanted, draft_names, given, engine, batches, options)
+
+
+def _drafts(
+    names: list[str], model_name: str, draft_name: str | None, tokenizer: Any, options: Options
+) -> tuple[dict[str, Any], list[str]]:
+    """Draft models by kind, and their names: the one that was asked for, and the zoo's own where more are needed."""
+    kinds = {kind for need, kind in DRAFTS.items() if needed(need, names)}
+    chosen, drafts, found = default_drafts(model_name, names), {}, []
+    if draft_name is not None:
+        model, own = load_model(draft_name, options)
+        kind = next(iter(kinds)) if len(kinds) == 1 else kind_of(model)  # a wrong one is refused by its method
+        _check_tokenizers(tokenizer, own, model_name, draft_name, more=kind == "diffusion")
+        drafts[kind], found = model, [draft_name]
+    for kind, name in chosen.items():
+        if kind not in drafts:
+            drafts[kind], own = load_model(name, options)
+            _check_tokenizers(tokenizer, own, model_name, name, more=kind == "diffusion")
+            found.append(name)
+    return drafts, found
+
+
 def compare(
     names: list[str],
     model_name: str,
@@ -151,58 +242,26 @@ def compare(
     names: registered decoders or policies (a policy alone is made lossless, "A+B" attaches policies under a decoder).
     Raises `ValueError` for unknown names, empty prompts, models that do not fit together, or too long a context.
     """
-    load_methods()
-    asked = [name for name in (options.baseline, *names) if name not in (None, PLAIN, DENSE)]
-    for name in asked:
-        parts_of(name)
-    if not prompts or any(not prompt.strip() for prompt in prompts):
-        raise ValueError("a prompt is empty; give each some text to go on from")
-    status(f"loading {model_name}")
-    model, tokenizer = load_model(model_name, options)
-    kind = kind_of(model)
-    baseline = options.baseline or default_baseline(kind)
-    options, wanted = replace(options, baseline=baseline), list(dict.fromkeys([reference(kind), baseline, *names]))
-    for name in wanted:
-        check_kind(name, kind, model_name)
-    if kind != "diffusion" and (options.block or options.steps):
-        raise ValueError(f"block and steps are settings of a canvas; {model_name} is {ARTICLE[kind]} {kind} model")
-    draft_name = draft_name or default_draft(model_name, wanted)
-    draft = None
-    if draft_name is not None:
-        draft, draft_tokenizer = load_model(draft_name, options)
-        _check_tokenizers(tokenizer, draft_tokenizer, model_name, draft_name)
-    given = Given(draft, tokenizer, options.filter, options.language, options.block, options.steps)
-    engine = _engine(asked, kind, model, tokenizer, options, status)
-    if engine is not None and kind == "diffusion":
-        from pertoken.decode.grammar.moves import Moves
-        from pertoken.denoise.grammar_canvas import GrammarCanvas
-
-        given = replace(given, constraint=GrammarCanvas(Moves(engine)))
-    if options.filter is None and kind == "diffusion":
-        given = replace(given, filter=default_filter(model_name, wanted, given.places(options.max_new_tokens)))
-    batches = [
-        tokenizer(prompts[i : i + options.batch], return_tensors="pt", padding=True, padding_side="left")
-        for i in range(0, len(prompts), options.batch)
-    ]
-    batches = [{k: batch[k].to(model.device) for k in ("input_ids", "attention_mask")} for batch in batches]
-    _check_room(model, batches, options)
-    sides = [make_side(name, kind, given) for name in wanted]
-    if kind == "causal":
+    setup = set_up(names, model_name, draft_name, prompts, options, status)
+    options, model, tokenizer, batches = setup.options, setup.model, setup.tokenizer, setup.batches
+    sides = [make_side(name, setup.kind, setup.given) for name in setup.names]
+    if options.config is not None and options.config.method not in setup.names:
+        sides.append(set_side(options.config.method, options.config.settings, setup.kind, setup.given))
+    if setup.kind == "causal":
         for side in sides:
-            side.engine = engine
-    comparison = Comparison(model_name, draft_name, prompts, options)
+            side.engine = setup.engine
+    comparison = Comparison(model_name, ", ".join(setup.drafts) or None, prompts, options)
     seconds = _time(sides, model, tokenizer, batches, options, status)
     flops, traces = {}, {}
     for side in sides:
         status(f"counting operations: {side.name}")
         flops[side.name], traces[side.name] = _count(side, model, tokenizer, batches, options)
     comparison.runs = _figures(sides, seconds, flops, options)
+    runs = [asdict(run) for run in comparison.runs]
     for side in sides:
         comparison.outputs[side.name] = tokenizer.batch_decode(side.rows, skip_special_tokens=True)
-        trace = traces[side.name]
-        if trace is not None and trace.steps:
-            runs = [asdict(run) for run in comparison.runs]
-            trace.about |= {"method": side.name, "model": model_name, "runs": runs}
+        for trace in traces[side.name]:
+            trace.about |= {"model": model_name, "runs": runs}
             comparison.traces.append(trace)
     return comparison
 
@@ -232,8 +291,11 @@ def processor(engine: Any) -> Any:
     return GrammarProcessor(lambda: Matcher(engine), engine.vocabulary.size, canonical=True)
 
 
-def _check_tokenizers(tokenizer: Any, draft: Any, model_name: str, draft_name: str) -> None:
+def _check_tokenizers(tokenizer: Any, draft: Any, model_name: str, draft_name: str, more: bool) -> None:
+    """more: whether the draft may have tokens of its own behind the model's, such as a mask."""
     one, other = tokenizer.get_vocab(), draft.get_vocab()
+    if more:
+        other = {token: number for token, number in other.items() if token in one or number <= max(one.values())}
     if one != other:
         odd = next(iter(sorted(one.items() ^ other.items())))
         raise ValueError(
@@ -252,17 +314,24 @@ def _check_room(model: Any, batches: list[dict[str, Tensor]], options: Options) 
         )
 
 
-def _generate(side: Side, model: Any, tokenizer: Any, batch: dict[str, Tensor], options: Options) -> list[list[int]]:
+def generated(
+    side: Side,
+    model: Any,
+    tokenizer: Any,
+    batch: dict[str, Tensor],
+    options: Options,
+    traces: Sequence[Trace | None] = (),
+) -> list[list[int]]:
     """New ids of each row, to the end of text inclusive, or its whole text if tokens go anywhere; adds the side's steps
-    and tokens."""
+    and tokens. traces: of its policies' decisions, one for each."""
     torch.manual_seed(options.seed)
     extra: dict[str, Any] = {} if side.decoder is None else {"custom_generate": side.decoder}
     if side.engine is not None:
         extra["logits_processor"] = [processor(side.engine)]
     forwards = [0]
     with ExitStack() as stack:
-        for policy in side.policies:
-            stack.enter_context(attach(model, policy))
+        for policy, trace in zip_longest(side.policies, traces):
+            stack.enter_context(attach(model, policy, trace=trace))
         if side.decoder is None:
             counter = model.register_forward_pre_hook(lambda module, args: forwards.__setitem__(0, forwards[0] + 1))
             stack.callback(counter.remove)
@@ -293,7 +362,7 @@ def _stripped(row: list[int], pad: int | None) -> list[int]:
 def _pass(side: Side, model: Any, tokenizer: Any, batches: list[dict[str, Tensor]], options: Options) -> None:
     side.steps = side.tokens = 0
     _reset_peak(model.device)
-    rows = [_generate(side, model, tokenizer, batch, options) for batch in batches]
+    rows = [generated(side, model, tokenizer, batch, options) for batch in batches]
     side.rows = [row for batch in rows for row in batch]
     side.peak_bytes = max(side.peak_bytes, cost.peak_memory(model.device))
 
@@ -312,8 +381,9 @@ def _time(
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def _count(side: Side, model: Any, tokenizer: Any, batches: list, options: Options) -> tuple[int, Trace | None]:
-    """Operations of one pass, and the trace of its first batch with the texts of that very pass."""
+def _count(side: Side, model: Any, tokenizer: Any, batches: list, options: Options) -> tuple[int, list[Trace]]:
+    """Operations of one pass, and what was decided in its first batch, with the texts of that very pass: a trace of the
+    decoder, and one of every policy. A policy that only drafts is recorded in a pass of its own, attached alone."""
     traces: list[Trace] = []
     rows: list[list[int]] = []
     kept = (side.steps, side.tokens, side.peak_bytes)
@@ -321,21 +391,36 @@ def _count(side: Side, model: Any, tokenizer: Any, batches: list, options: Optio
     def work() -> None:
         for number, batch in enumerate(batches):
             with ExitStack() as stack:
-                if side.decoder is not None and number == 0:
-                    traces.append(stack.enter_context(side.decoder.record()))
-                made = _generate(side, model, tokenizer, batch, options)
+                decided: list[Trace] = []
+                if number == 0:
+                    if side.decoder is not None:
+                        traces.append(stack.enter_context(side.decoder.record()))
+                        traces[0].about["method"] = side.name
+                    decided = [Trace({"method": _part(side, policy)}) for policy in side.policies]
+                    traces.extend(decided)
+                made = generated(side, model, tokenizer, batch, options, decided)
             if number == 0:
                 rows.extend(made)
 
     flops = cost.count_flops(work)
     side.steps, side.tokens, side.peak_bytes = kept
-    if not traces:
-        return flops, None
-    traces[0].about |= texts(traces[0], tokenizer, batches[0], rows)
-    if side.whole:
-        for row in traces[0].about["rows"]:
-            row["prompt"] = []
-    return flops, traces[0]
+    for trace in traces:
+        trace.about |= texts(trace, tokenizer, batches[0], rows)
+        if side.whole:
+            for row in trace.about["rows"]:
+                row["prompt"] = []
+    if side.alone is not None:
+        attached = Side(f"{side.name}, attached", "", policies=(side.alone,), engine=side.engine)
+        decided = [Trace({"method": attached.name})]
+        rows = generated(attached, model, tokenizer, batches[0], options, decided)
+        decided[0].about |= texts(decided[0], tokenizer, batches[0], rows)
+        traces += decided
+    return flops, [trace for trace in traces if trace.steps]
+
+
+def _part(side: Side, policy: Any) -> str:
+    """The name of what a policy decided within a side."""
+    return side.name if side.decoder is None else f"{side.name}: {type(policy).__name__}"
 
 
 def _figures(sides: list[Side], seconds: dict[str, float], flops: dict[str, int], options: Options) -> list[Run]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from pertoken.core.card import Card, card, cards
-from pertoken.models.kind import KINDS, kind_needed
+from pertoken.models.kind import DRAFTS, KINDS, draft_kind, kind_needed
 
-ARTICLE = {"causal": "a", "diffusion": "a", "insertion": "an", "image": "an"}
+ARTICLE = {"causal": "a", "diffusion": "a", "insertion": "an", "image": "an", "video": "a"}
 PLAIN, DENSE = "generate", "dense"
 GRAMMAR = "xgrammar"
 REFERENCES = {"causal": (PLAIN, "full"), "diffusion": (DENSE, DENSE), "insertion": ("ilm", "ilm")}
@@ -19,14 +20,15 @@ LABELS = {PLAIN: "transformers generate", DENSE: "one per step, no cache"}
 class Side:
     """One contender while it runs: its decoder and attached policies (none of either for transformers' own loop).
 
-    whole: its rows are whole texts, into which tokens were put anywhere, not what was added at the end. engine: of the
-    grammar that its texts are kept in.
+    alone: the policy that drafts, where the side is one policy made lossless. whole: its rows are whole texts, into
+    which tokens were put anywhere, not what was added at the end. engine: of the grammar that its texts are kept in.
     """
 
     name: str
     label: str
     decoder: Any = None
     policies: tuple[Any, ...] = ()
+    alone: Any = None
     whole: bool = False
     engine: Any = None
     rows: list[list[int]] = field(default_factory=list)
@@ -37,12 +39,13 @@ class Side:
 
 @dataclass(frozen=True)
 class Given:
-    """What methods may need or take: a draft model; the tokenizer; a filter's path; the language of what is written;
-    block and steps of a canvas, None for their own; constraint: what a canvas must be."""
+    """What methods may need or take: draft models by kind; the tokenizer; a filter's path; a controller's; the language
+    of what is written; block and steps of a canvas, None for their own; constraint: what a canvas must be."""
 
-    draft: Any = None
+    drafts: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: Any = None
     filter: str | None = None
+    controller: str | None = None
     language: str | None = None
     block: int | None = None
     steps: int | None = None
@@ -97,20 +100,23 @@ def parts_of(name: str) -> list[Card]:
     return found
 
 
-def check_kind(name: str, kind: str, model_name: str) -> None:
-    """Raises `ValueError` if `name` does not run on models of this kind."""
+def check_kind(name: str, kind: str, model_name: str, attached: bool = False) -> None:
+    """Raises `ValueError` if `name` does not run on models of this kind; attached: a policy alone is attached, and not
+    made lossless."""
     if name in (PLAIN, DENSE):
         if name != reference(kind):
             raise ValueError(f"{name} is no side for {model_name}, a {kind} model; its own is {reference(kind)}")
         return
     parts = parts_of(name)
-    if images := [one.name for one in parts if kind_needed(one.needs) == "image"]:
+    if images := [one.name for one in parts if kind_needed(one.needs) in ("image", "video")]:
         raise ValueError(f"{images[0]} works on images and writes no text; give it a picture with --input photo.png")
     needed = next((kind_needed(one.needs) for one in parts if one.shape == "decoder"), "causal")
     if needed == kind:
         return
     policies = [one.name for one in parts if one.shape == "policy"]
     if len(policies) == len(parts):
+        if attached and kind == "diffusion":
+            return
         name = f"{name} alone is run as lossless({name}), which"
     fitting = [one.name for one in cards().values() if one.shape == "decoder" and kind_needed(one.needs) == kind]
     raise ValueError(
@@ -130,35 +136,87 @@ def make_side(name: str, kind: str, given: Given) -> Side:
     parts = parts_of(name)
     policies = [one for one in parts if one.shape == "policy"]
     if len(policies) == len(parts) == 1:
-        policy = policies[0].build()
+        policy = make_policy(policies[0], given)
         if policy.saves == "memory":  # what is evicted is gone for a verifier too
             return Side(name, f"{name} under generate", policies=(policy,))
-        return Side(name, f"lossless {name}", make_decoder(name, kind, given))
+        return Side(name, f"lossless {name}", make_decoder(name, kind, given), alone=policy)
     decoders = "+".join(one.name for one in parts if one.shape == "decoder")
     decoder = make_decoder(decoders, kind, given) if decoders else None
-    return Side(name, name, decoder, tuple(one.build() for one in policies), whole=kind == "insertion")
+    return Side(name, name, decoder, tuple(make_policy(one, given) for one in policies), whole=kind == "insertion")
 
 
-def make_decoder(name: str, kind: str, given: Given) -> Any:
-    """What goes to `custom_generate`."""
+def set_side(name: str, settings: Mapping[str, Any], kind: str, given: Given) -> Side:
+    """The method of this name with these settings: a decoder, or a policy that is attached and not verified."""
+    label = f"{name} {', '.join(f'{key}={told(value)}' for key, value in settings.items())}".strip()
+    (one,) = parts_of(name)
+    if one.shape == "decoder":
+        return Side(label, label, make_decoder(name, kind, given, **settings), whole=kind == "insertion")
+    decoder = None if kind == "causal" else make_side(DENSE, kind, given).decoder
+    return Side(label, label, decoder, (make_policy(one, given, **settings),))
+
+
+def told(value: Any) -> str:
+    """A setting in words."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def make_policy(one: Card, given: Given, **settings: Any) -> Any:
+    """A policy with the parts that there are for the model."""
+    takes = {each.name for each in fields(one.build)} if is_dataclass(one.build) else set()
+    parts = {"controller": given.controller} if "controller" in takes and given.controller is not None else {}
+    return one.build(**(parts | settings))
+
+
+def make_decoder(name: str, kind: str, given: Given, **settings: Any) -> Any:
+    """What goes to `custom_generate`; a policy's name means that it drafts for its own model."""
     if kind == "causal":
         from pertoken.decode import make
+        from pertoken.decode.lossless import lossless
 
-        return make(name, draft=given.draft)
+        one = card(name)
+        if one.shape == "policy":
+            return lossless(make_policy(one, given), **settings)
+        return make(name, draft=given.drafts.get(draft_kind(one.needs) or ""), **settings)
     from pertoken.denoise import make
 
-    canvas = given.canvas if kind == "diffusion" else {}
-    return make(name, filter=given.filter, tokenizer=given.tokenizer, language=given.language, **canvas)
+    options = (given.canvas if kind == "diffusion" else {}) | settings
+    return make(name, filter=given.filter, tokenizer=given.tokenizer, language=given.language, **options)
 
 
-def default_draft(model_name: str, names: list[str]) -> str | None:
-    """For a zoo model and methods that need a draft: the zoo model distilled from it."""
-    target = model_name.removeprefix("zoo:")
-    if target == model_name or not needed("draft", names):
-        return None
+def default_drafts(model_name: str, names: list[str]) -> dict[str, str]:
+    """For a zoo model and methods that need drafts, by kind: the model distilled from it, and the diffusion model that
+    began as the same one."""
     from pertoken.zoo.recipe import RECIPES
 
-    return next((f"zoo:{name}" for name, recipe in RECIPES.items() if recipe.teacher == target), None)
+    target = model_name.removeprefix("zoo:")
+    if target == model_name or target not in RECIPES:
+        return {}
+
+    def begun(name: str) -> str:
+        while RECIPES[name].start in RECIPES:
+            name = str(RECIPES[name].start)
+        return name
+
+    started = {one.start for one in RECIPES.values()}
+    found = {"causal": [name for name, one in RECIPES.items() if one.teacher == target]}
+    masked = [name for name, one in RECIPES.items() if one.objective == "masked" and name not in started]
+    found["diffusion"] = [name for name in masked if begun(name) == begun(target)]
+    wanted = {kind for need, kind in DRAFTS.items() if needed(need, names)}
+    return {kind: f"zoo:{these[0]}" for kind, these in found.items() if kind in wanted and these}
+
+
+def default_controller(model_name: str, names: list[str]) -> str | None:
+    """For a zoo model and methods that take a controller: the one shipped for it, which adds no heads."""
+    own = model_name.removeprefix("zoo:")
+    if own == model_name or "stop_exit" not in {part for name in names for part in name.split("+")}:
+        return None
+    from pertoken.depth.controller import FILE
+    from pertoken.zoo import WEIGHTS
+    from pertoken.zoo.stopping import Stopping
+    from pertoken.zoo.tunings import TUNINGS
+
+    mine = [name for name, one in TUNINGS.items() if isinstance(one, Stopping) and one.model == own]
+    return next((f"zoo:{name}" for name in mine if (WEIGHTS / name / FILE).is_file()), None)
 
 
 def default_filter(model_name: str, names: list[str], block: int) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,27 +11,66 @@ from torch import Tensor
 from pertoken.core.decision import Commit
 from pertoken.core.trace import Trace
 
+ANSWERS = ("answer", "completion")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and, where there is one, a reference answer to it."""
+
+    prompt: str
+    answer: str | None = None
+
 
 def read_prompts(path: Path) -> list[str]:
-    """Prompts of a file: one per line, or for `*.jsonl` the "prompt" of each object. Empty lines are passed over."""
-    import json
+    """Prompts of a file, as `read_examples` reads it."""
+    return [example.prompt for example in read_examples(path)]
 
-    prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        if path.suffix != ".jsonl":
-            prompts.append(line)
-            continue
-        try:
-            prompts.append(json.loads(line)["prompt"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f'{path} line {number} is not an object with a "prompt": {line[:60]!r}') from error
-    if not prompts:
+
+def read_examples(path: Path) -> list[Example]:
+    """Prompts of a file: one per line; for `*.tsv` with an answer behind a tab; for `*.jsonl` the "prompt" of each
+    object, with its "answer" or "completion" if it has one. Empty lines are passed over.
+
+    Raises `ValueError` for what is not so, for a file without a prompt, and where only some prompts have answers.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory; give a file of prompts: .txt, .tsv or .jsonl")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); give a text file"
+        ) from error
+    kept = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    found = [(number, _example(path, number, line)) for number, line in kept]
+    if not found:
         raise ValueError(
             f"{path} holds no prompt; write one per line, or one JSON object with a prompt per line (.jsonl)"
         )
-    return prompts
+    if empty := [number for number, one in found if not one.prompt.strip()]:
+        raise ValueError(f"{path} line {empty[0]} has an empty prompt; give it some text to go on from")
+    without = [number for number, one in found if one.answer is None]
+    if without and len(without) < len(found):
+        raise ValueError(f"{path} line {without[0]} has no answer, others have; give all prompts answers, or none")
+    return [one for _, one in found]
+
+
+def _example(path: Path, number: int, line: str) -> Example:
+    import json
+
+    if path.suffix == ".tsv":
+        prompt, tab, answer = line.partition("\t")
+        return Example(prompt, answer if tab else None)
+    if path.suffix != ".jsonl":
+        return Example(line)
+    try:
+        told = json.loads(line)
+        answer = next((told[name] for name in ANSWERS if name in told), None)
+        if not isinstance(told["prompt"], str) or not isinstance(answer, (str, type(None))):
+            raise TypeError("prompt and answer must be texts")
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f'{path} line {number} is not an object with a "prompt": {line[:60]!r}') from error
+    return Example(told["prompt"], answer)
 
 
 def agreement(rows: list[list[int]], others: list[list[int]]) -> float:

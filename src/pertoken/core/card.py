@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 QUESTIONS = ("chunk", "prompt", "attend", "reduce", "depth", "decode", "denoise", "credit", "inspect")
@@ -23,13 +23,26 @@ class Paper:
 
 
 @dataclass(frozen=True)
+class Dial:
+    """What of a method trades quality for computation.
+
+    name: one of its settings; values: to try, from the least computation to the most (for `steps` of a canvas: as
+    shares of its positions); beside: other settings while the dial is turned.
+    """
+
+    name: str
+    values: tuple[Any, ...]
+    beside: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Card:
     """Everything that is generated about a method.
 
     question: its folder; shape: how a user calls it; reads/writes: what it looks at and changes, from which pairs are
     allowed or refused; needs: what its constructor must be given ("draft": a smaller model with the same tokenizer,
     "diffusion_draft": a masked-diffusion one, "policy": a policy); baselines: names that its claims are measured
-    against.
+    against; dial: what is swept to tune it, where that is not a policy's budget.
     """
 
     name: str
@@ -43,6 +56,7 @@ class Card:
     needs: frozenset[str]
     baselines: tuple[str, ...]
     baseline: bool
+    dial: Dial | None = None
 
     @property
     def summary(self) -> str:
@@ -69,6 +83,7 @@ def method(
     needs: set[str] = frozenset(),  # type: ignore[assignment]
     baselines: tuple[str, ...] = (),
     baseline: bool = False,
+    dial: Dial | None = None,
 ) -> Callable[[T], T]:
     """Register a method under its card; the name is that of its file unless given."""
     for label, value, allowed in (
@@ -96,6 +111,7 @@ def method(
             frozenset(needs),
             baselines,
             baseline,
+            dial,
         )
         return build
 

@@ -31,7 +31,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pertoken.core.card import Paper, method
+from pertoken.core.card import Dial, Paper, method
 from pertoken.core.errors import BadRequest
 from pertoken.core.signals import entropy
 from pertoken.decode.lookahead import Lookahead, Rule
@@ -99,6 +99,7 @@ class Unsure(Rule):
     reads={"logits"},
     writes={"tokens"},
     baselines=("full", "random_pause"),
+    dial=Dial("threshold", (5.0, 4.0, 3.0, 2.5, 2.0, 1.5, 1.0)),
 )
 @dataclass(frozen=True)
 class AdaDec(Lookahead):

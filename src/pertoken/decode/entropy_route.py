@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pertoken.core.card import Paper, method
+from pertoken.core.card import Dial, Paper, method
 from pertoken.core.signals import entropy
 from pertoken.decode.r2r import Route, Routing
 from pertoken.decode.request import Row
@@ -34,6 +34,7 @@ class Unsure(Route):
     writes={"tokens"},
     needs={"draft"},
     baseline=True,
+    dial=Dial("threshold", (4.0, 3.0, 2.0, 1.5, 1.0, 0.6, 0.3, 0.1)),
 )
 @dataclass(frozen=True)
 class EntropyRoute(Routing):

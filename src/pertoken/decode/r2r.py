@@ -31,7 +31,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pertoken.core.card import Paper, method
+from pertoken.core.card import Dial, Paper, method
 from pertoken.core.errors import BadRequest
 from pertoken.decode.request import Request, Row
 from pertoken.decode.router import Router, Seen
@@ -196,6 +196,7 @@ class Learned(Route):
     writes={"tokens"},
     needs={"draft"},
     baselines=("full", "entropy_route", "random_route"),
+    dial=Dial("threshold", (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)),
 )
 @dataclass(frozen=True)
 class R2R(Routing):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from pertoken.core.card import Paper, method
+from pertoken.core.card import Dial, Paper, method
 from pertoken.core.errors import BadRequest
 from pertoken.decode.lookahead import Lookahead, Rule
 from pertoken.decode.request import Row
@@ -36,6 +36,7 @@ class Chance(Rule):
     reads={"tokens"},
     writes={"tokens"},
     baseline=True,
+    dial=Dial("rate", (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)),
 )
 @dataclass(frozen=True)
 class RandomPause(Lookahead):

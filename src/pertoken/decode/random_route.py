@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pertoken.core.card import Paper, method
+from pertoken.core.card import Dial, Paper, method
 from pertoken.core.errors import BadRequest
 from pertoken.decode.r2r import Route, Routing
 from pertoken.decode.request import Row
@@ -39,6 +39,7 @@ class Chance(Route):
     writes={"tokens"},
     needs={"draft"},
     baseline=True,
+    dial=Dial("rate", (0.05, 0.1, 0.2, 0.4, 0.6, 0.8)),
 )
 @dataclass(frozen=True)
 class RandomRoute(Routing):

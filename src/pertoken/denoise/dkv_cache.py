@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pertoken.core.card import Paper, method
+from pertoken.core.card import Dial, Paper, method
 from pertoken.core.errors import BadRequest
 from pertoken.denoise.canvas import Canvas
 from pertoken.denoise.rules import RefreshRule, top
@@ -42,6 +42,7 @@ PAPER = Paper("dKV-Cache: The Cache for Diffusion Language Models", "2505.15781"
     writes={"refresh"},
     needs={"diffusion"},
     baselines=("recompute", "prefix_cache", "dual_cache"),
+    dial=Dial("interval", (32, 16, 8, 4, 2)),
 )
 @dataclass(frozen=True)
 class DKVCache(RefreshRule):
@@ -68,6 +69,7 @@ class DKVCache(RefreshRule):
     writes={"refresh"},
     needs={"diffusion"},
     baselines=("recompute", "dkv_cache", "dual_cache"),
+    dial=Dial("interval", (32, 16, 8, 4, 2)),
 )
 @dataclass(frozen=True)
 class DKVCacheGreedy(RefreshRule):

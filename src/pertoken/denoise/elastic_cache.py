@@ -39,7 +39,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from pertoken.core.card import Paper, method
+from pertoken.core.card import Dial, Paper, method
 from pertoken.core.errors import BadRequest
 from pertoken.denoise.canvas import Canvas
 from pertoken.denoise.ends import EndOfText
@@ -64,6 +64,7 @@ Axis = Literal["heads", "keys"]
     writes={"refresh"},
     needs={"diffusion"},
     baselines=("recompute", "fixed_interval", "dual_cache"),
+    dial=Dial("gamma", (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)),
 )
 @dataclass(frozen=True)
 class ElasticCache(RefreshRule):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pertoken.core.card import Paper, method
+from pertoken.core.card import Dial, Paper, method
 from pertoken.denoise.canvas import Canvas
 from pertoken.denoise.rules import CommitRule, Guess, top
 
@@ -27,6 +27,7 @@ from pertoken.denoise.rules import CommitRule, Guess, top
     needs={"diffusion"},
     baselines=("random_commit",),
     baseline=True,
+    dial=Dial("gamma", (3.0, 1.0, 0.3, 0.1, 0.03, 0.01)),
 )
 @dataclass(frozen=True)
 class EntropyBound(CommitRule):

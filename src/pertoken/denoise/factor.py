@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pertoken.core.card import Paper, method
+from pertoken.core.card import Dial, Paper, method
 from pertoken.denoise.canvas import Canvas
 from pertoken.denoise.rules import CommitRule, Guess, top
 
@@ -29,6 +29,7 @@ from pertoken.denoise.rules import CommitRule, Guess, top
     needs={"diffusion"},
     baselines=("random_commit",),
     baseline=True,
+    dial=Dial("factor", (1.5, 1.0, 0.75, 0.5, 0.25, 0.1)),
 )
 @dataclass(frozen=True)
 class Factor(CommitRule):

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pertoken.core.card import Paper, method
+from pertoken.core.card import Dial, Paper, method
 from pertoken.core.errors import BadRequest
 from pertoken.denoise.canvas import Canvas
 from pertoken.denoise.ends import EndOfText
@@ -29,6 +29,7 @@ from pertoken.denoise.threshold import Threshold
     needs={"diffusion"},
     baselines=("recompute", "dual_cache"),
     baseline=True,
+    dial=Dial("interval", (64, 32, 16, 8, 4, 2)),
 )
 @dataclass(frozen=True)
 class FixedInterval(RefreshRule):

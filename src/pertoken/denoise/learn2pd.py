@@ -29,7 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pertoken.core.card import Paper, method
+from pertoken.core.card import Dial, Paper, method
 from pertoken.core.errors import BadRequest
 from pertoken.denoise.canvas import Canvas
 from pertoken.denoise.rules import CommitRule, Guess, top
@@ -90,6 +90,7 @@ class Filter(nn.Module):
     writes={"commit"},
     needs={"diffusion", "filter"},
     baselines=("schedule", "threshold", "factor", "entropy_bound", "random_commit"),
+    dial=Dial("tau", (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.96, 0.99)),
 )
 @dataclass(frozen=True)
 class Learn2PD(CommitRule):

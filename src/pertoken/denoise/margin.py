@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pertoken.core.card import Paper, method
+from pertoken.core.card import Dial, Paper, method
 from pertoken.denoise.rules import Guess, Ranked
 
 
@@ -25,6 +25,7 @@ from pertoken.denoise.rules import Guess, Ranked
     needs={"diffusion"},
     baselines=("random_commit",),
     baseline=True,
+    dial=Dial("steps", (1 / 16, 1 / 8, 1 / 4, 1 / 2)),
 )
 @dataclass(frozen=True)
 class Margin(Ranked):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pertoken.core.card import Paper, method
+from pertoken.core.card import Dial, Paper, method
 from pertoken.denoise.canvas import Canvas
 from pertoken.denoise.rules import CommitRule, Guess, top
 
@@ -26,6 +26,7 @@ from pertoken.denoise.rules import CommitRule, Guess, top
     needs={"diffusion"},
     baselines=(),
     baseline=True,
+    dial=Dial("steps", (1 / 16, 1 / 8, 1 / 4, 1 / 2)),
 )
 @dataclass(frozen=True)
 class RandomCommit(CommitRule):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pertoken.core.card import Paper, method
+from pertoken.core.card import Dial, Paper, method
 from pertoken.denoise.canvas import Canvas
 from pertoken.denoise.rules import CommitRule, Guess
 
@@ -27,6 +27,7 @@ from pertoken.denoise.rules import CommitRule, Guess
     needs={"diffusion"},
     baselines=("random_commit",),
     baseline=True,
+    dial=Dial("tau", (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)),
 )
 @dataclass(frozen=True)
 class Threshold(CommitRule):

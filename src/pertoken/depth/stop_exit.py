@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pertoken.core.card import Paper, method
+from pertoken.core.card import Dial, Paper, method
 from pertoken.core.errors import BadRequest
 from pertoken.depth.controller import EXIT, STOP, Controller
 from pertoken.depth.exits import ExitPolicy, ExitView
@@ -49,6 +49,7 @@ from pertoken.depth.exits import ExitPolicy, ExitView
     reads={"states"},
     writes={"layers"},
     baselines=("full", "fixed_exit", "random_exit"),
+    dial=Dial("exit", (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99), {"stop": None}),
 )
 @dataclass(frozen=True)
 class StopExit(ExitPolicy):

@@ -11,9 +11,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pertoken.core.trace import Trace
+from pertoken.view.depths import Depths, depths
 from pertoken.view.drawing import segments, telling, tree_picture
 from pertoken.view.fills import Fill, fills, spent
 from pertoken.view.grid import grid, spelled, tone
+from pertoken.view.reading import NO_TEXT
 from pertoken.view.reading import section as reading
 from pertoken.view.reads import reads
 from pertoken.view.runs import HEADS, baseline, cells, label
@@ -102,6 +104,8 @@ def _section(trace: Trace, number: int) -> dict[str, Any]:
     about = {"id": f"trace-{number}", "name": str(trace.about.get("method") or f"trace {number}")}
     if read and not filled:
         return about | _EMPTY | reading(read)
+    if ran := depths(trace):
+        return about | _ran(ran)
     return about | (_filled(filled) if filled else _guessed(trace))
 
 
@@ -119,6 +123,30 @@ def _filled(found: Sequence[Fill]) -> dict[str, Any]:
         figures.append(("of all positions computed", f"{100 * told.computed / told.whole:.0f} %"))
     filled = "inserted" if inserted else "canvas"
     return _EMPTY | {"figures": figures, "filled": filled, "passages": [_fill(fill) for fill in found]}
+
+
+def _ran(found: Sequence[Depths]) -> dict[str, Any]:
+    """A text whose tokens ran some of the layers."""
+    counts = [count for row in found for count in row.counts]
+    figures = [("tokens", f"{sum(len(row.layers) for row in found):,}")]
+    if counts:
+        figures.append(("layers per token", f"{sum(counts) / len(counts):.2f} of {found[0].depth}"))
+    return _EMPTY | {"figures": figures, "filled": "depth", "passages": [_row_of_depths(row) for row in found]}
+
+
+def _row_of_depths(row: Depths) -> dict[str, Any]:
+    tokens = []
+    for place, own in enumerate(row.layers):
+        piece = row.pieces[place] if place < len(row.pieces) else NO_TEXT
+        token = {
+            "text": printable(piece),
+            "kind": UNKNOWN if own is None else FILLED,
+            "line_end": "\n" in piece,
+            "title": f"token {place + 1}: {row.told(place)}",
+            "style": None if own is None else f"--t:{100 * len(own) / row.depth:.0f}%",
+        }
+        tokens.append((place + 1, [token]))
+    return _prompted(row.number, row.prompt_pieces) | {"steps": tokens, "canvas": None}
 
 
 def _fill(fill: Fill) -> dict[str, Any]:

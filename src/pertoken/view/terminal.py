@@ -12,9 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from pertoken.core.trace import Trace
+from pertoken.view.depths import Depths, depths
 from pertoken.view.fills import Fill, fills, spent
 from pertoken.view.grid import DECIDED, grid, tone
 from pertoken.view.read_text import grids, ramp, summary, texts
+from pertoken.view.reading import NO_TEXT
 from pertoken.view.reads import reads
 from pertoken.view.runs import HEADS, cells
 from pertoken.view.spans import MEANING, Bar, Passage, Totals, bars, passages, printable, totals
@@ -45,6 +47,10 @@ def text_view(trace: Trace) -> RenderableType:
         return Group(_headline(trace, _filled_summary(filled)), *_fill_texts(filled), _ramp(filled[0].verb))
     if read := reads(trace):
         return Group(_headline(trace, summary(read)), *texts(read), ramp(read[0].verb))
+    if ran := depths(trace):
+        counts = [count for row in ran for count in row.counts]
+        mean = f"{sum(counts) / max(len(counts), 1):.2f} of {ran[0].depth} layers per token"
+        return Group(_headline(trace, mean), *_depth_texts(ran), _ramp("", "few layers", "all"))
     found = passages(trace)
     parts: list[RenderableType] = [_headline(trace, summarised(totals(trace))), *_row_texts(found)]
     if not found:
@@ -87,15 +93,26 @@ def _fill_texts(found: Sequence[Fill]) -> list[Text]:
     return texts
 
 
+def _depth_texts(found: Sequence[Depths]) -> list[Text]:
+    texts = []
+    for row in found:
+        text = _beginning(row.number, len(found), row.prompt_pieces)
+        for place, own in enumerate(row.layers):
+            piece = row.pieces[place] if place < len(row.pieces) else NO_TEXT
+            text.append(printable(piece), "dim" if own is None else f"black on {_shade(len(own) / row.depth)}")
+        texts.append(text.append("\n"))
+    return texts
+
+
 def _shade(share: float) -> str:
     return RAMP[min(int(share * len(RAMP)), len(RAMP) - 1)]
 
 
-def _ramp(verb: str) -> Text:
-    line = Text(f"{verb} first ", "dim")
+def _ramp(verb: str, first: str = "first", last: str = "last") -> Text:
+    line = Text(f"{verb} {first} ".lstrip(), "dim")
     for colour in RAMP:
         line.append("   ", f"on {colour}")
-    return line.append(" last", "dim")
+    return line.append(f" {last}", "dim")
 
 
 def _beginning(number: int, rows: int, prompt: Sequence[str]) -> Text:
