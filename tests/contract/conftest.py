@@ -69,7 +69,7 @@ FAMILIES = {
 LAYERS = 4
 DECODERS = [name for name, one in cards().items() if one.shape == "decoder" and one.question == "decode"]
 LOSSLESS = [name for name in DECODERS if card(name).exactness == "lossless"]
-POLICIES = [name for name, one in cards().items() if one.shape == "policy" and "image" not in one.needs]
+POLICIES = [name for name, one in cards().items() if one.shape == "policy" and not one.needs & {"image", "video"}]
 
 
 def built(name):
@@ -85,13 +85,14 @@ def decoder_of(name, drafts):
 
 
 def attachable(model, policy):
-    """Skips where a policy of keys has nothing to decide: the model reads both ways, through windows alone, or has no
-    rotation to take off keys that are to be turned anew. There it must refuse in a sentence and leave nothing;
-    anywhere else a refusal is a failure."""
+    """Skips where a policy of keys has nothing to decide: the model reads both ways, through windows alone (unless it
+    adds keys), or has no rotation to take off keys that are to be turned anew. There it must refuse in a sentence and
+    leave nothing; anywhere else a refusal is a failure."""
     adapter = adapter_for(model)
+    windows = all(adapter.window(layer) is not None for layer in range(adapter.depth))
     reasons = {
         "reads in both directions": kind_of(model) != "causal",
-        "sliding window": all(adapter.window(layer) is not None for layer in range(adapter.depth)),
+        "sliding window": windows and "passes" not in policy.writes,
         "learned positions": getattr(policy, "compact", False) and model.config.model_type == "gpt2",
     }
     reason = next((name for name, true in reasons.items() if true), None)

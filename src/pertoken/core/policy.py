@@ -41,7 +41,8 @@ class View:
 
 class Policy(ABC):
     """Base of every attachable policy. `reads` and `writes` name what it looks at and changes; saves: what a smaller
-    budget makes smaller at once, "operations" of a forward or "memory" held after it."""
+    budget makes smaller at once, "operations" of a forward or "memory" held after it, or "nothing" where it lets more
+    tokens have more operations than without the policy."""
 
     budget: Budget
     reads: frozenset[str]

@@ -37,7 +37,8 @@ class Packing:
 
 class TreeCache:
     """buffer `[layer, 2, row, kv_head, column, head_dim]`; valid and positions `[row, column]`; prompt `[row]`: how
-    many tokens of each row were given and not generated, None where that is not known."""
+    many tokens of each row were given and not generated, None where that is not known; notes `[row, column, note]` int:
+    what a policy keeps for each token, moved with its column, -1 where nothing is."""
 
     is_compileable = False
 
@@ -50,6 +51,7 @@ class TreeCache:
         self.columns = slice(0, 0)
         self.packing: Packing | None = None
         self.prompt: Tensor | None = None
+        self.notes: Tensor | None = None
         self.dense = True
         low = adapter.dtype in (torch.bfloat16, torch.float16) and adapter.device.type == "cpu"
         self.multiple = LOW_PRECISION_MULTIPLE if low else 1
@@ -85,6 +87,7 @@ class TreeCache:
         pad = torch.nn.functional.pad
         self.buffer = pad(self.buffer, (0, 0, 0, extra))
         self.valid, self.positions = pad(self.valid, (0, extra)), pad(self.positions, (0, extra))
+        self.notes = None if self.notes is None else pad(self.notes, (0, 0, 0, extra), value=-1)
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """transformers' cache protocol: write into the open columns, return everything that is read."""
@@ -131,6 +134,8 @@ class TreeCache:
                 if int(kept[0, -1]) != base + longest - 1:
                     self.buffer[:, :, :, :, base : base + longest] = self.buffer.index_select(4, kept[0])
                     self.positions[:, base : base + longest] = self.positions[:, kept[0]]
+                    if self.notes is not None:
+                        self.notes[:, base : base + longest] = self.notes[:, kept[0]]
                 self.valid[:, base : base + longest] = True
             else:
                 self._gather(kept, base)
@@ -146,6 +151,8 @@ class TreeCache:
         stop = start + columns.shape[1]
         self.buffer[:, :, :, :, start:stop] = self.buffer.gather(4, index.expand(shape))
         self.positions[:, start:stop] = self.positions.gather(1, columns)
+        if self.notes is not None:
+            self.notes[:, start:stop] = self.notes.gather(1, columns[..., None].expand(-1, -1, self.notes.shape[-1]))
 
     def _close_holes(self) -> None:
         filled = self.valid[:, : self.base].sum(-1)
@@ -165,5 +172,6 @@ class TreeCache:
         self.buffer = self.buffer[:, :, rows]
         self.valid, self.positions = self.valid[rows], self.positions[rows]
         self.prompt = None if self.prompt is None else self.prompt[rows]
+        self.notes = None if self.notes is None else self.notes[rows]
         if self.base:
             self._close_holes()

@@ -16,6 +16,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 HELDOUT_LIST = Path(__file__).with_name("heldout.txt")
 END_OF_TEXT = "<|endoftext|>"
+BYTES = 257  # a vocabulary of the end of text and single bytes
 TABLES = ("encodings/", "pydoc_data/", "test/cjkencodings", "lib2to3/tests/data", "ensurepip/_bundled", "turtledemo/")
 OUTSIDE = ("site-packages/", "dist-packages/")
 CODE_SPLIT = r"\n[ ]*| ?[A-Za-z_]+| ?\d| ?[^\sA-Za-z_\d]+|[ \t\r\f\v]+"

@@ -211,6 +211,13 @@ class Zoo:
             "associating": ASSOCIATING,
             "associating-dma": replace(ASSOCIATING, layers="dynamic_mask", keys=64),
             "associating-window": replace(ASSOCIATING, layers="window", keys=64),
+            "reasoning": Recipe(
+                Shape(layers=4, width=96, heads=4, kv_heads=2, ffn=288, vocab=257),
+                objective="reasoning",
+                steps=900,
+                batch=32,
+                length=128,
+            ),
             "reading": READING,
             "reading-dma": replace(READING, layers="dynamic_mask", keys=128),
             "reading-window": replace(READING, layers="window", keys=128),

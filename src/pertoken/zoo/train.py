@@ -37,6 +37,7 @@ from pertoken.zoo.next_token import NextToken
 from pertoken.zoo.objective import Objective
 from pertoken.zoo.recalling import RecallAnswers
 from pertoken.zoo.recipe import RECIPES, Recipe, Shape
+from pertoken.zoo.solving import Solving
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "next_token": NextToken,
@@ -45,6 +46,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "causal": Causal,
     "insertion": Insertion,
     "recall": RecallAnswers,
+    "reasoning": Solving,
 }
 MASKED = ("masked", "answering", "insertion")  # objectives whose tokenizer holds the mask token
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
@@ -81,7 +83,8 @@ def make_tokenizer(directory: Path, recipe: Recipe) -> Tokenizer:
         if (parent := recipe.teacher or recipe.start or recipe.tokenizer) is not None:
             shutil.copy(model_path(parent) / "tokenizer.json", path)
         else:
-            corpus.train_tokenizer(list(corpus.split_texts("train").values()), recipe.shape.vocab).save(str(path))
+            texts = [] if recipe.shape.vocab == corpus.BYTES else list(corpus.split_texts("train").values())
+            corpus.train_tokenizer(texts, recipe.shape.vocab).save(str(path))
     return Tokenizer.from_file(str(path))
 
 
@@ -143,7 +146,8 @@ class Run:
         self.name, self.directory = name, directory
         self.recipe = recipe or RECIPES[name]
         directory.mkdir(parents=True, exist_ok=True)
-        self.tokenizer = make_tokenizer(directory.parent / "tokenizer", self.recipe)
+        place = "bytes" if self.recipe.shape.vocab == corpus.BYTES else "tokenizer"
+        self.tokenizer = make_tokenizer(directory.parent / place, self.recipe)
         if self.recipe.objective in MASKED:
             self.tokenizer.add_special_tokens([MASK])
         torch.manual_seed(self.recipe.seed)

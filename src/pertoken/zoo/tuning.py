@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pertoken.models.load import load
-from pertoken.zoo import corpus
+from pertoken.zoo import corpus, reasoning
 
 SAVE_EVERY = 60.0  # seconds
 CHARACTERS = 4  # more than a token has: text for all steps of a run
@@ -39,9 +39,11 @@ class Task(ABC):
 @dataclass(frozen=True)
 class Tuning(ABC):
     """How something is trained for the zoo model `model`: `steps` batches of `batch` windows of `length` tokens, AdamW
-    with a linear warm-up of a twentieth and a linear decay to 2 %; the `first` steps are a stage of their own."""
+    with a linear warm-up of a twentieth and a linear decay to 2 %; the `first` steps are a stage of their own. text:
+    "code", windows of the corpus, or "reasoning", rows of `zoo.reasoning` with their answers marked."""
 
     model: str = "code-target"
+    text: str = "code"
     steps: int = 400
     first: int = 0
     batch: int = 4
@@ -65,7 +67,10 @@ def factor(step: int, steps: int) -> float:
 
 
 def batches(recipe: Tuning, tokenizer: Any, first: int) -> Any:
-    """Batches `[batch, length]` from step `first` on, in an order fixed by the seed."""
+    """Batches `[batch, length]`, of reasoning `[batch, 2, length]`, from step `first` on, in an order fixed by the
+    seed."""
+    if recipe.text == "reasoning":
+        yield from reasoning.batches(recipe.batch, recipe.length, tokenizer.backend_tokenizer, recipe.seed, first)
     texts = list(corpus.split_texts("train").values())
     random.Random(recipe.seed).shuffle(texts)
     wanted, enough = CHARACTERS * recipe.steps * recipe.batch * recipe.length, []
@@ -100,7 +105,7 @@ def tune(
     first, curve, told = 0, [], json.dumps(asdict(recipe))
     if state.exists():
         kept = torch.load(state, weights_only=True)
-        if kept["recipe"] != told:
+        if json.loads(told) | json.loads(kept["recipe"]) != json.loads(told):  # it may lack settings that are newer
             raise ValueError(f"{state} is of another recipe; give another --out, or delete it to begin again")
         task.module.load_state_dict(kept["module"])
         optimizer.load_state_dict(kept["optimizer"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pertoken.zoo.duo import Routing
 from pertoken.zoo.skipping import Skipping
 from pertoken.zoo.stopping import Stopping
+from pertoken.zoo.thinking import ALWAYS, ONCE, Thinking
 from pertoken.zoo.tuning import Tuning
 
 TUNINGS: dict[str, Tuning] = {
@@ -15,4 +16,7 @@ TUNINGS: dict[str, Tuning] = {
     "code-skip-full": Skipping(steps=150, schedule="full"),
     "code-stop": Stopping(steps=150),
     "code-stop-heads": Stopping(steps=400, head_steps=250, own_heads=True, layers=(3, 6, 9)),
+    "reasoning-think": Thinking(),
+    "reasoning-think-always": Thinking(steps=Thinking.first, again=ALWAYS),
+    "reasoning-think-once": Thinking(steps=Thinking.first, again=ONCE),
 }
