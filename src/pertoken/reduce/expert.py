@@ -64,8 +64,8 @@ class Expert(nn.Module):
             )
         if min(setting.span, setting.pool) < 1 or setting.base < 0 or not setting.prompt:
             raise BadRequest(
-                f"span={setting.span} and pool={setting.pool} must be 1 or more, base={setting.base} 0 or more, and the "
-                f"prompt must have tokens, got {len(setting.prompt)}"
+                f"span={setting.span} and pool={setting.pool} must be 1 or more, base={setting.base} 0 or more, and "
+                f"the prompt must have tokens, got {len(setting.prompt)}"
             )
         self.language, self.setting = language, setting
         width = config.hidden_size
@@ -83,8 +83,7 @@ class Expert(nn.Module):
 
     def given(self, segments: Tensor) -> Tensor:
         """`[segment, position, d]` what stands before a description."""
-        weight = self.project[0].weight
-        cells = pooled_to(self.project(segments.to(weight.dtype)), self.setting.pool, self.setting.pool)
+        cells = pooled_to(self.project(segments.to(self.post.weight.dtype)), self.setting.pool, self.setting.pool)
         prompt = torch.tensor(self.setting.prompt, device=cells.device)
         asked = self.language.get_input_embeddings()(prompt).expand(len(cells), -1, -1)
         return torch.cat([cells, asked.to(cells.dtype)], 1)

@@ -32,9 +32,12 @@ SCENE_RECIPES = {
     "scenes-segmenter": SceneRecipe(SEGMENTS, 600),
     "scenes-segmenter-dtop": SceneRecipe(SEGMENTS, 150, start="scenes-segmenter", threshold=0.95, lr=5e-4),
     "scenes-classifier": SceneRecipe(CLASSIFIES, 600),
-    "scenes-answerer": SceneRecipe(ANSWERS, 1200, start="scenes-segmenter", lr=3e-3),
-    "clips-describer": SceneRecipe(DESCRIBES, 400, start="scenes-answerer", batch=16, lr=3e-3),
-    "clips-langdc": SceneRecipe(WATCHES, 700, start="scenes-answerer+clips-describer", batch=16, lr=3e-3),
+    "scenes-answerer-base": SceneRecipe(ANSWERS, 1200, until=700, start="scenes-segmenter", lr=3e-3),
+    "scenes-answerer": SceneRecipe(ANSWERS, 40, start="scenes-answerer-base", lr=1e-3, warmup=5, seed=30_000_000),
+    "clips-describer": SceneRecipe(DESCRIBES, 250, start="scenes-answerer", batch=16, lr=3e-3, warmup=20),
+    "clips-langdc": SceneRecipe(
+        WATCHES, 400, start="scenes-answerer+clips-describer", batch=16, lr=3e-3, warmup=20
+    ),
 }
 LABELS = (SEGMENTS, CLASSIFIES)  # tasks without language
 
@@ -171,7 +174,7 @@ class SceneRun:
     def train(self, until: int | None = None, status: Callable[[str], None] = print) -> None:
         """Up to step `until`, or to the end; saved every `save_every` steps and when it is stopped."""
         recipe, started, mean = self.recipe, time.perf_counter() - self.seconds, math.nan
-        stop = min(until or recipe.steps, recipe.steps)
+        stop = min(until or recipe.steps, recipe.until or recipe.steps)
         self.model.train()
         policy = DToP(threshold=recipe.threshold, keep=recipe.keep)
         with attach(self.model, policy, training=True) if recipe.threshold < 1 else nullcontext():

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, ViTConfig
+from transformers import AutoConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, ViTConfig
 
 from pertoken.models.segmenter import PlainSegmenter
 from pertoken.zoo import words
@@ -44,7 +44,7 @@ def made(recipe: SceneRecipe, vision: ViTConfig) -> LlavaForConditionalGeneratio
         vision_config=vision,
         text_config=text_config(recipe),
         vision_feature_layer=-2,
-        image_token_id=NUMBER[IMAGE],
+        image_token_index=NUMBER[IMAGE],
         image_seq_length=(recipe.size // recipe.patch) ** 2,
         tie_word_embeddings=True,
     )
@@ -52,7 +52,10 @@ def made(recipe: SceneRecipe, vision: ViTConfig) -> LlavaForConditionalGeneratio
 
 
 def begun(model: Any, path: str) -> None:
-    """Give it the encoder of the segmenter at `path`."""
+    """Give it the weights of the answerer, or the encoder of the segmenter, at `path`."""
+    if AutoConfig.from_pretrained(path).model_type == "llava":
+        model.load_state_dict(type(model).from_pretrained(path, dtype=torch.float32).state_dict())
+        return
     segmenter = PlainSegmenter.from_pretrained(path)
     model.model.vision_tower.load_state_dict(segmenter.encoder.state_dict())  # type: ignore[arg-type]
 

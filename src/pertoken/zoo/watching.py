@@ -100,9 +100,10 @@ class Both(nn.Module):
         """The host in `directory`, and in `langdc` within it LangDC's parts, with those for other layers."""
         self.host.save_pretrained(directory)
         self.expert.save(directory / PARTS, self.host)
+        others: Any = list(self.experts)[1:]
         parts = {
             f"{one.setting.layer}.{name}": weight.contiguous().clone()
-            for one in list(self.experts)[1:]
+            for one in others
             for name, weight in one.state_dict().items()
             if name.startswith(("norm.", "post."))
         }
