@@ -278,6 +278,14 @@ def test_beams_are_those_of_a_model_without_a_cache(prompts, name):
         assert torch.equal(model.generate(ids, attention_mask=mask, use_cache=False, **options), found)
 
 
+def test_an_assistant_whose_guesses_are_cropped_changes_nothing(prompts):
+    model, assistant, (ids, mask) = model_of("llama"), model_of("llama", seed=2), prompts
+    options = {"attention_mask": mask[:1], "max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    with attach(model, ThinkAtHard(budget=Budget(fraction=0.5), lora=lora(model))):
+        plain = model.generate(ids[:1], **options)
+        assert torch.equal(model.generate(ids[:1], assistant_model=assistant, **options), plain)
+
+
 def test_decoders_over_a_trained_decider_write_what_it_writes_alone(prompts):
     model, (ids, mask) = model_of("qwen3"), prompts
     judge = decider(model)

@@ -42,8 +42,8 @@ class Thinking(Tuning):
 
     model: str = "reasoning"
     text: str = "reasoning"
-    steps: int = 800
-    first: int = 500
+    steps: int = 500
+    first: int = 300
     batch: int = 16
     length: int = 128
     rank: int = 16
