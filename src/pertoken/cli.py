@@ -429,7 +429,10 @@ def show_tuned(found: Any) -> None:
         out.print(f"[green]chosen:[/] {escaped(told)}{100 * chosen.compute:.1f} % of the operations", soft_wrap=True)
     elif found.points:
         told = "spends less and keeps" if found.keep <= 1 else "reaches"
-        out.print(f"[yellow]chosen: {found.whole}[/]; nothing that was tried {told} {found.keep:g} of the quality", soft_wrap=True)
+        out.print(
+            f"[yellow]chosen: {found.whole}[/]; nothing that was tried {told} {found.keep:g} of the quality",
+            soft_wrap=True,
+        )
 
 
 def is_picture(path: Path) -> bool:

@@ -9,8 +9,8 @@ from pertoken.bench import completion
 from pertoken.bench.claims import Bench, claims_of
 from pertoken.bench.code_tasks import Problem
 from pertoken.bench.completion import MEASURES, METHODS, NEW, SIDES, completed, measured, problems, row
-from pertoken.bench.spending import left_after
-from pertoken.core.decision import Depth, Exit
+from pertoken.bench.spending import layers_run
+from pertoken.core.decision import Depth, Exit, Select
 from pertoken.core.trace import Trace
 
 
@@ -32,17 +32,22 @@ def test_originals_get_full_marks_and_wrong_answers_do_not():
     assert measured("made", made, ["    return None\n", ""]) == {"passes": [0.0, 0.0]}
 
 
-def test_layers_that_tokens_left_after_are_those_of_their_last_decision():
+def test_layers_that_tokens_layers_run_are_those_of_their_last_decision():
     trace, one = Trace(), torch.ones(2, 1, dtype=torch.bool)
     trace.record("depth.exits.1", Exit(torch.ones(2, 3, dtype=torch.bool), torch.tensor([[1, 1, 1], [1, 1, 1]])))
     for first, last in (([[1], [4]], [[1], [2]]), ([[4], [4]], [[4], [-2]])):
         trace.record("depth.exits.1", Exit(one, torch.tensor(first)))
         trace.record("depth.exits.2", Exit(one, torch.tensor(last)))
     trace.record("depth.exits.1", Exit(torch.tensor([[True], [False]]), torch.tensor([[4], [1]])))
-    assert left_after(trace) == {1: 1, 2: 2, 4: 2}
+    assert layers_run(trace) == {1: 1, 2: 2, 4: 2}
     other = Trace()
-    other.record("depth.layers", Depth(one, torch.ones(2, 1, 4, dtype=torch.bool)))
-    assert not left_after(other)
+    runs = torch.tensor([[[1, 0, 0, 1]], [[1, 1, 1, 1]]], dtype=torch.bool)
+    other.record("depth.layers", Depth(one, runs))
+    other.record("depth.layers", Depth(one.expand(-1, 2), runs.expand(-1, 2, -1)))
+    assert layers_run(other) == {2: 1, 4: 1}
+    reading = Trace()
+    reading.record("attend.keys.0", Select(one, torch.zeros(2, 1, 1, 1, dtype=torch.long), torch.ones(2).long()))
+    assert not layers_run(reading)
 
 
 def test_a_side_is_measured_and_its_control_spends_as_much(monkeypatch):
@@ -54,5 +59,5 @@ def test_a_side_is_measured_and_its_control_spends_as_much(monkeypatch):
     assert all(0 <= found[name] <= 1 for name, task in MEASURES.items() if task != "made")
     assert row(bench, "full")["same as full"] == 1 and row(bench, "full")["passes"] is not None
     mine, control = (completed(bench, name, "lines") for name in ("stop_exit", "random_exit"))
-    assert mine.left.total() == control.left.total() == 2 * 7
+    assert mine.ran.total() == control.ran.total() == 2 * 7
     assert control.flops == pytest.approx(mine.flops, rel=0.2)

@@ -48,7 +48,7 @@ def test_points_lie_where_the_budget_puts_them_beside_a_control_of_equal_cost(mo
     assert [(round(p.compute, 6), p.quality) for p in mine[:1]] == [(1.0, 1.0)]
     assert 0.4 < mine[1].compute < 0.8 and mine[1].low <= mine[1].quality <= mine[1].high
     assert [p.compute for p in random] == pytest.approx([p.compute for p in mine], rel=0.01)
-    assert [p.settings["budget"] for p in random] == [MOST, HALF]
+    assert [p.settings for p in random] == [{"budget": Budget(layers=n), "prompt": True} for n in (4, 2)]
     json.dumps(found.to_json(), allow_nan=False)
 
 
@@ -83,6 +83,10 @@ def test_quality_with_answers_is_relative_to_the_whole_models(models):
 def test_exits_pauses_questions_and_steps_are_matched_by_their_control(models):
     exits = swept("fixed_exit", values=[HALF])
     assert exits.of("fixed_exit")[0].compute < 1 and not exits.of("random")
+    skipped = swept("skipdecode", values=[HALF], settings={"reference": 4})
+    (mine,), (theirs,) = skipped.of("skipdecode"), skipped.of("random")
+    assert theirs.settings == {"budget": Budget(layers=2), "prompt": False}
+    assert theirs.compute == pytest.approx(mine.compute, rel=0.1) and 0.6 < mine.compute < 1
     pausing = swept("adadec", values=[0.0])
     (mine,), (theirs,) = pausing.of("adadec"), pausing.of("random")
     assert theirs.settings["rate"] == 1.0 and theirs.compute == pytest.approx(mine.compute, rel=0.05)

@@ -32,7 +32,7 @@ from pertoken.bench.answers import edit_similarity, parses, rouge_l
 from pertoken.bench.claims import Bench, Measurement, claim
 from pertoken.bench.code_tasks import Judge, Problem, bodies, body_of, line_of, rests_of_lines
 from pertoken.bench.skipdecode import tuned
-from pertoken.bench.spending import left_after
+from pertoken.bench.spending import layers_run
 from pertoken.core import cost
 from pertoken.core.attach import attach
 from pertoken.core.budget import Budget
@@ -99,14 +99,14 @@ def measured(task: str, tasks: list[Problem], answers: list[str]) -> dict[str, l
 @dataclass(frozen=True)
 class Completed:
     """What a side made of a task. verdicts: measures, one number per problem; flops: operations; spent: counts of its
-    decoder summed over batches, empty without one; left: of a policy by which tokens leave, how many left after each
-    layer."""
+    decoder summed over batches, empty without one; ran: how many generated tokens ran each number of layers, of a
+    policy that decides it."""
 
     answers: list[str]
     verdicts: dict[str, list[float]]
     flops: int
     spent: Counter[str] = field(default_factory=Counter)
-    left: Counter[int] = field(default_factory=Counter)
+    ran: Counter[int] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,8 @@ def _controller(bench: Bench) -> Any:
 
 
 def _random_exit(bench: Bench, task: str) -> RandomExit:
-    left, depth = completed(bench, "stop_exit", task).left, suite.pair(bench).target.config.num_hidden_layers
-    return RandomExit(tuple((ran, n / left.total()) for ran, n in sorted(left.items()) if ran < depth), bench.seed)
+    ran, depth = completed(bench, "stop_exit", task).ran, suite.pair(bench).target.config.num_hidden_layers
+    return RandomExit(tuple((at, n / ran.total()) for at, n in sorted(ran.items()) if at < depth), bench.seed)
 
 
 def _random_pause(bench: Bench, task: str) -> RandomPause:
@@ -200,8 +200,8 @@ def completed(bench: Bench, name: str, task: str) -> Completed:
 def _completed(bench: Bench, side: Side, task: str) -> Completed:
     tasks, (model, tokenizer) = problems(bench, task), loaded(bench, side, task)
     parts, answers = side.parts(bench, task), []
-    policy = parts if isinstance(parts, Policy) else None
-    decoder = None if policy is not None else parts
+    policy: Any = parts if isinstance(parts, Policy) else None
+    decoder: Any = None if policy is not None else parts
     counts, traces = Counter[str](), list[Trace]()
     bench.status(f"{task}: {side.name}")
 
@@ -219,8 +219,8 @@ def _completed(bench: Bench, side: Side, task: str) -> Completed:
 
     stack_of(model)  # made once, and not what the side spends
     flops = cost.count_flops(work)
-    left = sum((left_after(trace) for trace in traces), Counter[int]())
-    return Completed(answers, measured(task, tasks, answers), flops, counts, left)
+    ran = sum((layers_run(trace) for trace in traces), Counter[int]())
+    return Completed(answers, measured(task, tasks, answers), flops, counts, ran)
 
 
 def verdicts(bench: Bench, name: str) -> dict[str, list[float]]:
@@ -283,7 +283,7 @@ def against(bench: Bench, name: str, other: str) -> Measurement:
 def _claims() -> None:
     for name in METHODS:
         for other, sentence, expected in (
-            (SIDES[name].control, f"{name} completes lines better than random choices at its budget", "> 1"),
+            (str(SIDES[name].control), f"{name} completes lines better than random choices at its budget", "> 1"),
             (DENSE, f"{name} keeps 95 % of the dense model's edit similarity on lines", ">= 0.95"),
         ):
             measure = partial(against, name=name, other=other)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from typing import Any, cast
 
 from pertoken.core.card import Card, card, cards
 from pertoken.models.kind import DRAFTS, KINDS, draft_kind, kind_needed
@@ -162,7 +162,7 @@ def told(value: Any) -> str:
 
 def make_policy(one: Card, given: Given, **settings: Any) -> Any:
     """A policy with the parts that there are for the model."""
-    takes = {each.name for each in fields(one.build)} if is_dataclass(one.build) else set()
+    takes = {each.name for each in fields(cast(Any, one.build))} if is_dataclass(one.build) else set()
     parts = {"controller": given.controller} if "controller" in takes and given.controller is not None else {}
     return one.build(**(parts | settings))
 
@@ -179,8 +179,8 @@ def make_decoder(name: str, kind: str, given: Given, **settings: Any) -> Any:
         return make(name, draft=given.drafts.get(draft_kind(one.needs) or ""), **settings)
     from pertoken.denoise import make
 
-    options = (given.canvas if kind == "diffusion" else {}) | settings
-    return make(name, filter=given.filter, tokenizer=given.tokenizer, language=given.language, **options)
+    offered = {"filter": given.filter, "tokenizer": given.tokenizer, "language": given.language}
+    return make(name, **(offered | (given.canvas if kind == "diffusion" else {}) | settings))
 
 
 def default_drafts(model_name: str, names: list[str]) -> dict[str, str]:

@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from itertools import zip_longest
 
 import torch
+from torch import Tensor
 
-from pertoken.core.decision import Exit
+from pertoken.core.decision import Depth, Exit
 from pertoken.core.trace import Trace
 
 
-def left_after(trace: Trace) -> Counter[int]:
-    """How many generated tokens left after each number of layers, of a policy by which tokens leave between layers
-    (`depth.exits`); empty for a trace of another kind. Forwards of several tokens read a prompt and do not count."""
+def layers_run(trace: Trace) -> Counter[int]:
+    """How many generated tokens ran each number of layers, of a policy that chooses layers (`depth.layers`) or lets
+    tokens leave between them (`depth.exits`); empty for a trace of another kind. Forwards of several tokens read a
+    prompt and do not count."""
     found: Counter[int] = Counter()
-    last: tuple[str, Exit] | None = None
-    for step in trace.steps:
-        if not isinstance(step.decision, Exit):
-            continue
-        if last is not None and _layer(step.site) <= _layer(last[0]):
-            found += _counted(last[1])
-        last = step.site, step.decision
-    return found + _counted(last[1]) if last is not None else found
+    for valid, layers in _forwards(trace):
+        if valid.shape[1] == 1:
+            numbers, counts = torch.unique(layers[valid], return_counts=True)
+            found.update(dict(zip(numbers.tolist(), counts.tolist(), strict=True)))
+    return found
 
 
-def _layer(site: str) -> int:
-    return int(site.rsplit(".", 1)[1])
+def _forwards(trace: Trace) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of each forward which tokens are real and how many layers they ran, both `[batch, token]`. Where it decided more
+    than once, after one layer and another, the last decision counts."""
+    steps = [step for step in trace.steps if isinstance(step.decision, (Depth, Exit))]
+    for step, after in zip_longest(steps, steps[1:]):
+        decision = step.decision
+        if isinstance(decision, Depth):
+            yield decision.valid, decision.layers.sum(-1)
+        elif isinstance(decision, Exit) and (after is None or _place(after.site) <= _place(step.site)):
+            yield decision.valid, decision.left.abs()
 
 
-def _counted(decision: Exit) -> Counter[int]:
-    if decision.valid.shape[1] > 1:
-        return Counter()
-    layers, counts = torch.unique(decision.left[decision.valid].abs(), return_counts=True)
-    return Counter(dict(zip(layers.tolist(), counts.tolist(), strict=True)))
+def _place(site: str) -> int:
+    """After how many layers a decision was made; 0 for one before the first."""
+    number = site.rpartition(".")[2]
+    return int(number) if number.isdigit() else 0
