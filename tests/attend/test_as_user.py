@@ -161,7 +161,7 @@ def test_models_that_cannot_be_served_are_refused(name):
         OPTConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, ffn_dim=48, num_attention_heads=4,
                   max_position_embeddings=64, word_embed_proj_dim=32, pad_token_id=0)
     ).eval()  # fmt: skip
-    with pytest.raises(ValueError, match="'opt'.*has no adapter"), attach(opt, policy):
+    with pytest.raises(ValueError, match=r"'opt'.*has no adapter"), attach(opt, policy):
         pass
     windows = MistralForCausalLM(MistralConfig(**COMMON, sliding_window=6)).eval()
     with pytest.raises(BadRequest, match="sliding window of 6"), attach(windows, policy):

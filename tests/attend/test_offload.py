@@ -95,9 +95,7 @@ class Machine(RuleBasedStateMachine):
         found = []
         for own, _, cache in self.sides:
             with torch.inference_mode():
-                out = own(
-                    ids, attention_mask=self.mask, position_ids=positions, past_key_values=cache, use_cache=True
-                )
+                out = own(ids, attention_mask=self.mask, position_ids=positions, past_key_values=cache, use_cache=True)
             found.append(out.logits)
         real = self.mask[:, -ids.shape[1] :].bool()
         torch.testing.assert_close(found[1][real], found[0][real], atol=1e-4, rtol=1e-3)
@@ -203,7 +201,7 @@ def test_keys_that_are_still_read_are_not_fetched_again(model):
 
 def test_any_other_attention_reads_the_same_cache(model):
     """Without the policy, with another one, and with it again."""
-    ids, mask = ragged((20,))
+    ids = ragged((20,))[0]
     dense = model(torch.cat([ids, ids[:, :3]], 1)).logits[:, -3:]
     with torch.inference_mode():
         with attach(model, TokenSelect(Budget(fraction=1.0), offload=True)):
@@ -227,7 +225,7 @@ def test_any_other_attention_reads_the_same_cache(model):
 
 
 def test_a_cache_that_was_read_before_is_taken_over(model):
-    ids, mask = ragged((20, 20))
+    ids = ragged((20, 20))[0]
     found = []
     for offload in (False, True):
         with torch.inference_mode():

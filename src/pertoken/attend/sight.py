@@ -221,6 +221,14 @@ class Kept:
         self.rank = rank
         self.worked_out: dict[Any, Any] = {}  # by policies, for all layers of the forward
 
+    @cached_property
+    def span(self) -> tuple[int, int, bool]:
+        """The first column that is a candidate of some run, that behind the last, and whether each run has all between:
+        then nothing of them has to be masked."""
+        columns = self.candidates.flatten(0, 1).any(0).nonzero()
+        low, stop = (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (0, 0)
+        return low, stop, bool((self.counts == stop - low).all())
+
 
 def packed(chosen: Tensor) -> Tensor:
     """`[..., key]` bool -> `[..., slot]` columns that are True, in order, then -1; as wide as the fullest needs."""

@@ -104,16 +104,26 @@ class TokenSelect(KeyPolicy):
         chosen = []
         for at in range(0, view.runs.count, each):
             part = slice(at, at + each)
-            mine = kept.candidates[:, part], kept.rank[:, part]
+            mine = kept.candidates[:, part], kept.rank[:, part], kept.span
             chosen.append(self.elect(queries[:, :, part], keys, *mine, most, limits[:, part]))
         return torch.cat(chosen, 1)[:, None]
 
     def elect(
-        self, queries: Tensor, keys: Tensor, candidates: Tensor, rank: Tensor, most: int, limits: Tensor
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        candidates: Tensor,
+        rank: Tensor,
+        span: tuple[int, int, bool],
+        most: int,
+        limits: Tensor,
     ) -> Tensor:
         """`[batch, run, most]` columns, the best first. queries `[batch, heads, run, dim]`; keys `[batch, kv_heads,
-        key, dim]`; candidates bool and rank (place in the text) `[batch, run, key]`; limits `[batch, run]`: how
-        many."""
+        key, dim]`; candidates bool and rank (place in the text) `[batch, run, key]`; span: see `Kept`; limits `[batch,
+        run]`: how many."""
+        low, stop, all_of_it = span
+        keys, rank = keys[:, :, low:stop], rank[..., low:stop]
+        shut = None if all_of_it else ~candidates[..., low:stop]
         rows, _, runs, dim = queries.shape
         kv_heads = keys.shape[1]
         if self.groups == "division":
@@ -121,24 +131,24 @@ class TokenSelect(KeyPolicy):
         else:
             asked = queries.view(rows, -1, kv_heads, runs, dim).transpose(1, 2)
         asked = asked.flatten(2, 3).to(keys.dtype)
-        if runs == 1:  # few queries: reading keys row by row takes half the time
-            scores = torch.matmul(keys, asked.transpose(-1, -2)).transpose(-1, -2)
-        else:
-            scores = torch.matmul(asked, keys.transpose(-1, -2))
+        scores = products(asked, keys) if runs == 1 else torch.matmul(asked, keys.transpose(-1, -2))
         scores = scores.float().reshape(rows, -1, runs, keys.shape[2])
         if self.scale != 1:
             scores = scores * self.scale
         if self.vote == "sum":
             votes = scores.sum(1)
         else:
-            scores = scores.masked_fill_(~candidates[:, None], torch.finfo(scores.dtype).min)
+            if shut is not None:
+                scores = scores.masked_fill_(shut[:, None], torch.finfo(scores.dtype).min)
             if self.vote == "soft":
                 votes = scores.softmax(-1).sum(1)
             else:
                 own = best(scores, rank[:, None], most)
                 counted = (torch.arange(most, device=keys.device) < limits[:, None, :, None]).expand_as(own)
                 votes = torch.zeros_like(scores).scatter_(-1, own, counted.float()).sum(1)
-        return best(votes.masked_fill(~candidates, -torch.inf), rank, most)
+        if shut is not None:
+            votes = votes.masked_fill(shut, -torch.inf)
+        return low + best(votes, rank, most)
 
     def _decoded(self, view: KeyView, most: int, limits: Tensor) -> Tensor:
         """`[batch, most]` columns for the next token of each row: chosen before, or now."""
@@ -158,14 +168,18 @@ class TokenSelect(KeyPolicy):
             state[name] = (rows & view.valid[:, 0]).sum() + state.get(name, 0)
         missed = (~hit & ~whole).nonzero().flatten()
         if len(missed) == len(query):
-            fresh = self.elect(view.mean_queries(self.recent), keys, kept.candidates, kept.rank, most, limits[:, None])
+            mine = kept.candidates, kept.rank, kept.span
+            fresh = self.elect(view.mean_queries(self.recent), keys, *mine, most, limits[:, None])
             state["choice"] = Choice(query, fresh[:, 0], counts, Mark.now(view))
             return fresh[:, 0]
         choice = replace(choice, counts=choice.counts.masked_fill(whole, 0))
         if len(missed):
-            asked, mine = view.mean_queries(self.recent)[missed], (kept.candidates[missed], kept.rank[missed])
-            columns = self.elect(asked, keys[missed], *mine, most, limits[missed, None])[:, 0]
-            choice = choice.put(missed, Choice(query, columns, counts, Mark.now(view)))
+            asked, fresh = view.mean_queries(self.recent), []
+            for at in missed.tolist():  # one by one, as their keys would be copied to stand together
+                row = slice(at, at + 1)
+                mine = kept.candidates[row], kept.rank[row], kept.span
+                fresh.append(self.elect(asked[row], keys[row], *mine, most, limits[row, None])[:, 0])
+            choice = choice.put(missed, Choice(query, torch.cat(fresh), counts, Mark.now(view)))
         state["choice"] = choice
         return choice.columns_now(most, counts, rank, self.sinks)
 
@@ -173,6 +187,15 @@ class TokenSelect(KeyPolicy):
         """Of the last request, per layer: how many selections of decoded tokens were used again, of how many."""
         states = attached.state.get(SITE, {})
         return {layer: (int(s["hits"]), int(s["asked"])) for layer, s in states.items() if "asked" in s}
+
+
+def products(asked: Tensor, keys: Tensor) -> Tensor:
+    """`[batch, kv_heads, query, key]` of few queries `[batch, kv_heads, query, dim]` and all keys: nearly all of the
+    time of a step, and on a CPU no form is fast in every precision."""
+    if keys.device.type == "cpu" and keys.dtype != torch.float32:  # by head, 5x: a batch is compiled for each length
+        heads = zip(asked.flatten(0, 1), (of for row in keys for of in row), strict=True)
+        return torch.stack([one @ of.T for one, of in heads]).view(*asked.shape[:3], keys.shape[2])
+    return torch.matmul(keys, asked.transpose(-1, -2)).transpose(-1, -2)  # keys first, 2x
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,8 @@ class Room:
     def __init__(self, keys: Tensor, values: Tensor, stop: int):
         self.used = 0
         pinned = keys.device.type == "cpu" and torch.cuda.is_available()
-        made = lambda x: x.new_empty(  # noqa: E731
-            (*x.shape[:2], stop + max(stop // SLACK, LEAST), x.shape[3]), pin_memory=pinned
-        )
-        self.keys, self.values = made(keys), made(values)
+        shape = lambda x: (*x.shape[:2], stop + max(stop // SLACK, LEAST), x.shape[3])  # noqa: E731
+        self.keys, self.values = (x.new_empty(shape(x), pin_memory=pinned) for x in (keys, values))
 
     def put(self, keys: Tensor, values: Tensor) -> None:
         """Write the next columns."""
@@ -89,8 +87,8 @@ class GrowingLayer(DynamicLayer):
             if held:
                 room.put(self.keys, self.values)
         room.put(key_states, value_states)
-        self.keys, self.values = room.keys[:, :, :stop], room.values[:, :, :stop]
-        return (self.keys, self.values) if self.attended else (self.keys.to(near), self.values.to(near))
+        keys, values = self.keys, self.values = room.keys[:, :, :stop], room.values[:, :, :stop]
+        return (keys, values) if self.attended else (keys.to(near), values.to(near))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """As `DynamicLayer`, of indices on any device."""
