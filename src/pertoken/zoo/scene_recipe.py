@@ -15,8 +15,8 @@ class SceneRecipe:
     "watcher", a LLaVA-NeXT-Video that can read its states; until: the step to stop at, 0 for all the steps; start: the
     models whose weights a run begins with, by name with "+" between; threshold: DToP's while training, 1 for without;
     ends: layers with a head. Scenes of `size` pixels in patches of `patch`. text_layers, text_width: of a language
-    model; questions: of each scene or clip in a batch; even: words of every description, whatever there is to tell, 0
-    for as many as there are; clips: how many different ones are watched again and again, a multiple of the batch."""
+    model; questions: of each scene or clip in a batch; clips: how many different ones are watched again and again, a
+    multiple of the batch."""
 
     task: str
     steps: int
@@ -31,8 +31,7 @@ class SceneRecipe:
     text_layers: int = 4
     text_width: int = 96
     questions: int = 6
-    even: int = 0
-    clips: int = 1024
+    clips: int = 640
     size: int = 48
     patch: int = 6
     batch: int = 32

@@ -28,16 +28,15 @@ from pertoken.zoo import seeing, watching, words
 from pertoken.zoo.scene_recipe import ANSWERS, CLASSIFIES, DESCRIBES, HELD, SEGMENTS, WATCHES, SceneRecipe
 from pertoken.zoo.scenes import COLOURS, SHAPES, batch
 
+SHORT: dict[str, Any] = {"batch": 16, "lr": 3e-3, "warmup": 20, "save_every": 40}
 SCENE_RECIPES = {
     "scenes-segmenter": SceneRecipe(SEGMENTS, 600),
     "scenes-segmenter-dtop": SceneRecipe(SEGMENTS, 150, start="scenes-segmenter", threshold=0.95, lr=5e-4),
     "scenes-classifier": SceneRecipe(CLASSIFIES, 600),
     "scenes-answerer-base": SceneRecipe(ANSWERS, 1200, until=700, start="scenes-segmenter", lr=3e-3),
     "scenes-answerer": SceneRecipe(ANSWERS, 40, start="scenes-answerer-base", lr=1e-3, warmup=5, seed=30_000_000),
-    "clips-describer": SceneRecipe(DESCRIBES, 250, start="scenes-answerer", batch=16, lr=3e-3, warmup=20),
-    "clips-langdc": SceneRecipe(
-        WATCHES, 400, start="scenes-answerer+clips-describer", batch=16, lr=3e-3, warmup=20
-    ),
+    "clips-describer": SceneRecipe(DESCRIBES, 160, start="scenes-answerer", **SHORT),
+    "clips-langdc": SceneRecipe(WATCHES, 240, start="scenes-answerer+clips-describer", **SHORT),
 }
 LABELS = (SEGMENTS, CLASSIFIES)  # tasks without language
 

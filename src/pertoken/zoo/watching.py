@@ -1,7 +1,7 @@
 """The small models of clips: LangDC's expert that describes them, and its host that answers questions about them.
 
-- describer: the expert, which begins as the scenes' answerer's first layers, behind the answerer's encoder, which is
-  kept. It learns condensed descriptions of segments, whose length is how much there is to tell
+- describer: the expert, which begins as the scenes' answerer's language model, behind the answerer's encoder, which is
+  kept; the host is so small that its expert is no smaller. It learns condensed descriptions of segments, whose length is how much there is to tell
   (`scenes.Clip.description`).
 - watcher: the host, a LLaVA-NeXT-Video that begins as the answerer. In two of five batches frames are pooled to one of
   `GRIDS`, so that every fixed ratio is one that it knows; in the others it is shown a coarse grid and the expert's
@@ -75,9 +75,9 @@ class Both(nn.Module):
         super().__init__()
         self.recipe = recipe
         self.host = watcher(recipe, vision)
-        layers = recipe.text_layers - 1
+        layers = recipe.text_layers
         setting = Setting(tuple(words.encoded(DESCRIBE)), NUMBER[END], round(15 / 24 * layers), SPAN, POOL, BASE)
-        language = LlamaForCausalLM(text_config(replace(recipe, text_layers=layers)))
+        language = LlamaForCausalLM(text_config(recipe))
         used = Expert(language, setting, recipe.width, recipe.text_width)
         others = [Expert(language, replace(setting, layer=i), recipe.width, recipe.text_width) for i in (0, layers)]
         for other in others:
@@ -169,7 +169,7 @@ def loss(both: Both, recipe: SceneRecipe, first: int) -> Tensor:
     rng = np.random.default_rng(first)
     made, states = watched(both, recipe, first)
     if recipe.task == DESCRIBES:
-        return describing(both.expert, states, made, recipe.even)
+        return describing(both.expert, states, made)
     rows = [balanced(clip_questions(one), recipe.questions, rng) for one in made]
     if rng.random() < 0.4:
         shown = pooled_to(states, *GRIDS[rng.integers(len(GRIDS))])
@@ -179,20 +179,18 @@ def loss(both: Both, recipe: SceneRecipe, first: int) -> Tensor:
     return answering(both.host, *soft(both.host, expert, states, made, own=bool(rng.random() < 0.5)), rows)
 
 
-def descriptions(made: list[Clip], even: int = 0) -> tuple[Tensor, Tensor]:
+def descriptions(made: list[Clip]) -> tuple[Tensor, Tensor]:
     """Ids `[segment, step]` of the descriptions of all segments, filled up with the end, and their lengths."""
     texts = [one.description(segment).split() for one in made for segment in range(len(one.ways))]
-    if even:
-        texts = [(text * even)[:even] for text in texts]
     rows = [words.encoded(" ".join(text)) for text in texts]
     width = max(map(len, rows))
     filled = torch.tensor([row + [NUMBER[END]] * (width - len(row)) for row in rows])
     return filled, torch.tensor([len(row) for row in rows])
 
 
-def describing(expert: Expert, states: Tensor, made: list[Clip], even: int = 0) -> Tensor:
+def describing(expert: Expert, states: Tensor, made: list[Clip]) -> Tensor:
     """Nats per word of the descriptions and their ends."""
-    ids, lengths = descriptions(made, even)
+    ids, lengths = descriptions(made)
     logits = expert.read(expert.segments(states), ids).logits.float()
     wanted = F.pad(ids, (0, 1), value=NUMBER[END])
     wanted = wanted.masked_fill(torch.arange(wanted.shape[1]) > lengths[:, None], UNLEARNT)
@@ -258,7 +256,7 @@ def quality(both: Both, recipe: SceneRecipe, count: int = 128) -> dict[str, floa
     made, pixels, pairs = asked(count, recipe.size)
     if recipe.task == DESCRIBES:
         states = Llava(both.host, SHOWN).frames(pixels)
-        ids, lengths = descriptions(made, recipe.even)
+        ids, lengths = descriptions(made)
         found = both.expert.describe(both.expert.segments(states), ids.shape[1] + 1, whole=True)
         own = found.written.sum(-1)
         exact = (found.ids[:, : ids.shape[1]] == ids).all(-1) & (own == lengths)
