@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from pertoken.attend.selection import SITE
-from pertoken.attend.tokenselect import TokenSelect
+from pertoken.attend.sight import Causal
+from pertoken.attend.tokenselect import TokenSelect, products
 from pertoken.core.attach import attach
 from pertoken.core.budget import Budget
 from pertoken.core.errors import BadRequest
@@ -337,6 +338,25 @@ def test_positions_agree_while_nothing_is_left_out_and_differ_after():
         for budget, same in ((Budget(tokens=20), True), (Budget(tokens=4), False)):
             with attach(model, replace(SMALL, budget=budget), trace=Trace()):
                 assert torch.allclose(model(ids, attention_mask=mask).logits, dense, atol=1e-4) == same
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_products_are_products(dtype):
+    """Of keys that are a part of more, as in a cache that has room."""
+    generator = torch.Generator().manual_seed(1)
+    room = torch.randn(2, 3, 90, 8, generator=generator).to(dtype)
+    asked, keys = torch.randn(2, 3, 4, 8, generator=generator).to(dtype), room[:, :, 5:70]
+    wanted = torch.einsum("bgqd,bgkd->bgqk", asked.float(), keys.float())
+    close = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.01}
+    torch.testing.assert_close(products(asked, keys).float(), wanted, **close)
+
+
+def test_what_is_between_the_first_and_the_last_candidate():
+    sight = Causal(torch.ones(2, 20, dtype=torch.bool), 19, 1, lambda: None)
+    assert sight.runs(4).kept(3, 5).span == (3, 15, True)
+    ragged = torch.arange(20) >= torch.tensor([[0], [6]])
+    assert Causal(ragged, 19, 1, lambda: None).runs(4).kept(3, 5).span == (3, 15, False)
+    assert sight.runs(4).kept(12, 8).span == (0, 0, True)
 
 
 def test_wrong_settings_say_what_is_allowed():
