@@ -192,26 +192,36 @@ def first_mask(bench: Bench) -> Measurement:
     return worst(bench, LLGUIDANCE, lambda times: statistics.median(times.first) * 1e3)
 
 
-@claim("xgrammar", claim="Applying a mask in place costs less than with a copy of the scores", metric="microseconds",
-       expected="< 1")  # fmt: skip
+@claim("xgrammar", claim="Applying a mask to logits costs no more than with xgrammar's or llguidance's own function",
+       metric="microseconds", expected="<= 1")  # fmt: skip
 def applying(bench: Bench) -> Measurement:
-    size, rounds = SIZES[-1], 200 if bench.quick else 2000
-    times: dict[str, list[float]] = {"in place": [], "copy": []}
+    """In place, on float32 logits on the CPU: masks of few tokens, of half of them and of nearly all, in turn."""
+    from llguidance.numpy import apply_token_bitmask_inplace
+    from xgrammar import apply_token_bitmask_inplace as xgrammar_apply
+
+    size, rounds = SIZES[-1], 100 if bench.quick else 1000
+    times: dict[str, list[float]] = {OURS: [], XGRAMMAR: [], LLGUIDANCE: [], "masked_fill": []}
     generator = np.random.default_rng(bench.seed)
     for share in (0.001, 0.5, 0.99):
         allowed = generator.random(size) < share
         mask = np.packbits(allowed, bitorder="little").view(np.int32)
-        keep, scores = torch.from_numpy(allowed), torch.randn(size)
-        forbid(scores.clone(), mask, size)
-        for _ in range(rounds):
-            before = time.thread_time()
-            forbid(scores, mask, size)
-            middle = time.thread_time()
-            scores.masked_fill(~keep, -torch.inf)
-            times["in place"].append(middle - before)
-            times["copy"].append(time.thread_time() - middle)
-    value, copied = (statistics.mean(times[name]) * 1e6 for name in times)
-    return Measurement(value, "masked_fill", copied, 3 * rounds, {"vocabulary": size})
+        row, keep, scores = torch.from_numpy(mask)[None], torch.from_numpy(allowed), torch.randn(1, size)
+        ways: dict[str, Any] = {
+            OURS: lambda scores=scores, mask=mask: forbid(scores[0], mask, size),
+            XGRAMMAR: lambda scores=scores, row=row: xgrammar_apply(scores, row),
+            LLGUIDANCE: lambda scores=scores, mask=mask: apply_token_bitmask_inplace(scores.numpy(), mask[None]),
+            "masked_fill": lambda scores=scores, keep=keep: scores.masked_fill(~keep, -torch.inf),
+        }
+        for number in range(rounds + 1):
+            for name, way in ways.items():
+                before = time.thread_time()
+                way()
+                if number:  # the first one compiles
+                    times[name].append(time.thread_time() - before)
+    means = {name: statistics.mean(some) * 1e6 for name, some in times.items()}
+    best = min((XGRAMMAR, LLGUIDANCE), key=lambda name: means[name])
+    detail = {"vocabulary": size, "microseconds": {name: round(value, 1) for name, value in means.items()}}
+    return Measurement(means[OURS], best, means[best], 3 * rounds, detail)
 
 
 def valid(text: str, schema: Any) -> bool:

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from functools import reduce
 
 import pytest
 
@@ -142,6 +143,8 @@ def test_what_cannot_be_honoured_is_refused_by_name(schema, keyword, message):
         ({"type": "int"}, "is no type; give one of"),
         ({"minLength": -1}, "is no count"),
         ({"items": 3}, "is no schema"),
+        (reduce(lambda inner, _: {"items": inner}, range(500), {}), "nested more than 200 deep"),
+        ('{"items":' * 20_000 + "{}" + "}" * 20_000, "cannot be read|nested more than|not JSON"),
         ({"allOf": [{"$ref": "#"}]}, "refers to itself"),
         ({"type": "string", "enum": [1]}, "allows no value"),
         (False, "allows no value"),

@@ -6,9 +6,12 @@ import re
 import pytest
 
 from pertoken.core.errors import BadRequest
-from pertoken.decode.grammar.automaton import automaton, difference, intersection, lengths, union, words
+from pertoken.decode.grammar.automaton import difference, intersection, lengths, union, words
 from pertoken.decode.grammar.engine import Engine
-from pertoken.decode.grammar.regex import parse, regex, search
+from pertoken.decode.grammar.regex import regex
+from pertoken.decode.grammar.regex_automaton import automaton
+from pertoken.decode.grammar.regex_reader import parse
+from pertoken.decode.grammar.regex_tree import search
 from pertoken.decode.grammar.vocabulary import Vocabulary
 
 BYTES = Vocabulary([bytes([b]) for b in range(256)])

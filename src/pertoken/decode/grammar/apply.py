@@ -1,4 +1,4 @@
-"""Masks applied to logits, in place: only what is forbidden is written."""
+"""Masks applied to logits, in place: only what is forbidden is written, and nothing is copied."""
 
 from __future__ import annotations
 
@@ -9,30 +9,47 @@ from torch import Tensor
 from pertoken.decode.grammar.compiled import kernel
 from pertoken.decode.grammar.provider import bits
 
+WRITTEN = {  # how scores on the CPU are seen by the kernel, and what minus infinity is then
+    torch.float32: (torch.float32, np.float32(-np.inf)),
+    torch.float64: (torch.float64, np.float64(-np.inf)),
+    torch.bfloat16: (torch.int16, np.int16(0xFF80 - (1 << 16))),
+    torch.float16: (torch.int16, np.int16(0xFC00 - (1 << 16))),
+}
+
 
 def forbid(scores: Tensor, mask: np.ndarray, size: int) -> None:
     """Set scores `[vocabulary]` of tokens that a bitmask `[word]` does not allow to minus infinity, and all beyond
     `size`."""
-    if scores.shape[-1] > size:
+    if len(scores) > size:
         scores[size:] = -torch.inf
-    if scores.device.type == "cpu" and scores.dtype == torch.float32 and scores.is_contiguous():
-        _write(scores.detach().numpy(), mask, min(size, len(scores)))
+    size = min(size, len(scores))
+    if scores.device.type == "cpu" and scores.dtype in WRITTEN and scores.is_contiguous():
+        seen, low = WRITTEN[scores.dtype]
+        write(scores.detach().view(seen).numpy(), mask, size, low)
         return
-    forbidden = np.flatnonzero(~bits(mask, min(size, len(scores))))
-    scores[torch.from_numpy(forbidden).to(scores.device)] = -torch.inf
+    allowed = bits(mask, size)
+    few = bool(2 * np.count_nonzero(allowed) < size)
+    index = torch.from_numpy(np.flatnonzero(allowed == few)).to(scores.device)
+    if few:
+        kept = scores[index]
+        scores.fill_(-torch.inf)
+        scores[index] = kept
+    else:
+        scores[index] = -torch.inf
 
 
 @kernel
-def _write(scores, mask, size):
-    low = -np.float32(np.inf)
-    for word in range((size + 31) // 32):
-        bits_ = mask[word]
-        if bits_ == -1:
+def write(scores, mask, size, low):
+    """Write `low` where a bit is not set; by whole words, so that it takes the same time whatever the bits are."""
+    for word in range(size // 32):
+        allowed, first = mask[word], 32 * word
+        if allowed == -1:
             continue
-        last = min(32 * word + 32, size)
-        if bits_ == 0:
-            scores[32 * word : last] = low
+        if allowed == 0:
+            scores[first : first + 32] = low
             continue
-        for token in range(32 * word, last):
-            if not (bits_ >> (token & 31)) & 1:
-                scores[token] = low
+        for k in range(32):
+            scores[first + k] = scores[first + k] if (allowed >> k) & 1 else low
+    for token in range(size - size % 32, size):
+        if not (mask[token >> 5] >> (token & 31)) & 1:
+            scores[token] = low

@@ -7,33 +7,44 @@ what has no edge is refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import lru_cache
-from itertools import pairwise
+from functools import cached_property
 
 from pertoken.core.errors import BadRequest
 from pertoken.decode.grammar.ir import EMPTY, NOTHING, Graph, Node
 from pertoken.decode.grammar.nfa import reached
-from pertoken.decode.grammar.regex import Anchor, Cat, Chars, Or, Regex, Times
-from pertoken.decode.grammar.unicode import TOP, Ranges, tidy
+from pertoken.decode.grammar.unicode import TOP, Ranges, parted, tidy
 
 MOST_STATES = 20_000
 Edges = list[list[tuple[int, int, int]]]
 
 
-@dataclass(frozen=True, eq=False)
 class Automaton:
-    """edges: of each state; finals: where a text may end; listed: all texts, if it was made from a list of them."""
+    """edges: of each state; finals: where a text may end; listed: all texts, if it was made from a list of them (its
+    states are then made when they are asked for)."""
 
-    edges: Edges
-    finals: frozenset[int]
-    listed: frozenset[str] | None = None
+    def __init__(self, edges: Edges | None, finals: frozenset[int] = frozenset(), listed: frozenset[str] | None = None):
+        self.given, self.listed = (edges, finals), listed
+
+    @cached_property
+    def made(self) -> tuple[Edges, frozenset[int]]:
+        edges, finals = self.given
+        return _tree(self.listed or ()) if edges is None else (edges, finals)
+
+    @property
+    def edges(self) -> Edges:
+        return self.made[0]
+
+    @property
+    def finals(self) -> frozenset[int]:
+        return self.made[1]
 
     @property
     def empty(self) -> bool:
-        return not self.finals
+        return not self.finals if self.listed is None else not self.listed
 
     def has(self, text: str) -> bool:
+        if self.listed is not None:
+            return text in self.listed
         state = 0
         for letter in text:
             code = ord(letter)
@@ -45,6 +56,8 @@ class Automaton:
 
     def texts(self, most: int) -> set[str] | None:
         """All texts, if there are no more than so many."""
+        if self.listed is not None:
+            return set(self.listed) if len(self.listed) <= most else None
         found, paths = set(), [(0, "")]
         while paths:
             state, text = paths.pop()
@@ -59,22 +72,29 @@ class Automaton:
         return found
 
     def node(self, spell: Callable[[Ranges], Node]) -> Node:
-        """As a grammar node, characters written as `spell` says."""
+        """As a grammar node, characters written as `spell` says. Rarer characters, which take many states to write, are
+        read from states of their own, one for all states that go on alike with them."""
         if self.empty:
             return EMPTY
         found: list[tuple[int, Node, int]] = []
+        apart: dict[tuple[Ranges, int], int] = {}
         for state, edges in enumerate(self.edges):
             targets: dict[int, list[tuple[int, int]]] = {}
             for low, high, to in edges:
                 targets.setdefault(to, []).append((low, high))
             for to, ranges in targets.items():
-                written = spell(tidy(ranges))
-                if written != EMPTY:
-                    found.append((state, written, to))
+                common, rare = parted(tidy(ranges))
+                if common:
+                    found.append((state, spell(common), to))
+                if rare and (rare, to) not in apart and (node := spell(rare)) != EMPTY:
+                    apart[rare, to] = len(self.edges) + len(apart)
+                    found.append((apart[rare, to], node, to))
+                if (rare, to) in apart:
+                    found.append((state, NOTHING, apart[rare, to]))
         return Graph(tuple(found), tuple(sorted(self.finals))) if found else NOTHING
 
 
-NONE = Automaton([[]], frozenset())
+NONE = Automaton([[]])
 ALL = Automaton([[(0, TOP, 0)]], frozenset({0}))
 
 
@@ -111,18 +131,7 @@ def product(one: Automaton, other: Automaton, keep: Callable[[bool, bool], bool]
                     end = min(end, side[k][0] - 1) if k < len(side) else end
             pair = (after[0], after[1])
             if any(keep(a, b) for a in {False, after[0] >= 0} for b in {False, after[1] >= 0}):
-                if pair not in numbers:
-                    if len(pairs) >= MOST_STATES:
-                        raise BadRequest(
-                            f"patterns, lengths and names together need more than {MOST_STATES} states; give simpler "
-                            "patterns, smaller bounds, or fewer of them at one place"
-                        )
-                    numbers[pair] = len(pairs)
-                    pairs.append(pair)
-                if row and row[-1][2] == numbers[pair] and row[-1][1] == at - 1:
-                    row[-1] = (row[-1][0], end, row[-1][2])
-                else:
-                    row.append((at, end, numbers[pair]))
+                _lead(row, at, end, _number(pair, numbers, pairs))
             at = end + 1
         edges.append(row)
     return trimmed(edges, [n for n, (p, q) in enumerate(pairs) if keep(p in one.finals, q in other.finals)])
@@ -131,17 +140,77 @@ def product(one: Automaton, other: Automaton, keep: Callable[[bool, bool], bool]
 def intersection(one: Automaton, other: Automaton) -> Automaton:
     if one is ALL or other is ALL or one is other:
         return one if other is ALL else other
-    return product(one, other, lambda a, b: a and b)
+    if one.listed is not None or other.listed is not None:
+        few, test = (one, other) if one.listed is not None else (other, one)
+        return words(text for text in few.listed or () if test.has(text))
+    numbers, pairs, edges = {(0, 0): 0}, [(0, 0)], []
+    for p, q in pairs:
+        row, left, right, i, j = [], one.edges[p], other.edges[q], 0, 0
+        while i < len(left) and j < len(right):
+            low, high = max(left[i][0], right[j][0]), min(left[i][1], right[j][1])
+            if low <= high:
+                _lead(row, low, high, _number((left[i][2], right[j][2]), numbers, pairs))
+            if left[i][1] < right[j][1]:
+                i += 1
+            else:
+                j += 1
+        edges.append(row)
+    return trimmed(edges, [n for n, (p, q) in enumerate(pairs) if p in one.finals and q in other.finals])
+
+
+def _number(pair: tuple[int, int], numbers: dict[tuple[int, int], int], pairs: list[tuple[int, int]]) -> int:
+    """Number of a pair of states; a new one is entered."""
+    if pair not in numbers:
+        if len(pairs) >= MOST_STATES:
+            raise BadRequest(
+                f"patterns, lengths and names together need more than {MOST_STATES} states; give simpler patterns, "
+                "smaller bounds, or fewer of them at one place"
+            )
+        numbers[pair] = len(pairs)
+        pairs.append(pair)
+    return numbers[pair]
+
+
+def _lead(row: list[tuple[int, int, int]], low: int, high: int, to: int) -> None:
+    """Add an edge behind the others, joined with the last one if that leads to the same state."""
+    if row and row[-1][2] == to and row[-1][1] == low - 1:
+        row[-1] = (row[-1][0], high, to)
+    else:
+        row.append((low, high, to))
 
 
 def difference(one: Automaton, other: Automaton) -> Automaton:
+    if one.listed is not None:
+        return words(text for text in one.listed if not other.has(text))
+    if one is ALL and other.listed is not None:
+        return _all_but(other)
     return product(one, other, lambda a, b: a and not b)
 
 
 def union(one: Automaton, other: Automaton) -> Automaton:
     if one is other or other.empty:
         return one
-    return other if one.empty else product(one, other, lambda a, b: a or b)
+    if one.empty:
+        return other
+    if one.listed is not None and other.listed is not None:
+        return words(one.listed | other.listed)
+    return product(one, other, lambda a, b: a or b)
+
+
+def _all_but(few: Automaton) -> Automaton:
+    """All texts but those of a list: what leaves their tree is free."""
+    edges, free = [], len(few.edges)
+    for row in few.edges:
+        filled, at = [], 0
+        for low, high, to in row:
+            if at < low:
+                filled.append((at, low - 1, free))
+            filled.append((low, high, to))
+            at = high + 1
+        filled.append((at, TOP, free))
+        edges.append(filled)
+    edges.append([(0, TOP, free)])
+    return Automaton(edges, frozenset(range(free + 1)) - few.finals)
 
 
 def lengths(least: int, most: int | None) -> Automaton:
@@ -159,8 +228,14 @@ def lengths(least: int, most: int | None) -> Automaton:
 
 def words(texts: Iterable[str]) -> Automaton:
     """These texts."""
-    edges, finals, listed = [{}], set(), frozenset(texts)
-    for text in sorted(listed):
+    return Automaton(None, listed=frozenset(texts))
+
+
+def _tree(texts: Iterable[str]) -> tuple[Edges, frozenset[int]]:
+    """Edges and final states of a list of texts."""
+    edges: list[dict[int, int]] = [{}]
+    finals = set()
+    for text in sorted(texts):
         state = 0
         for letter in text:
             if ord(letter) not in edges[state]:
@@ -168,92 +243,4 @@ def words(texts: Iterable[str]) -> Automaton:
                 edges.append({})
             state = edges[state][ord(letter)]
         finals.add(state)
-    return Automaton(
-        [[(code, code, to) for code, to in sorted(row.items())] for row in edges], frozenset(finals), listed
-    )
-
-
-@lru_cache(maxsize=1024)
-def automaton(pattern: Regex) -> Automaton:
-    """The texts that match a pattern as a whole; anchors hold at the ends of the text."""
-    nfa = _Nfa()
-    end = nfa.add(pattern, 0)
-    first = nfa.close({0}, begin=True, end=False)
-    numbers, sets, edges, finals = {(first, True): 0}, [(first, True)], [], []
-    for states, begin in sets:
-        spans = [span for state in states for span in nfa.spans[state]]
-        cuts = sorted({low for low, _, _ in spans} | {high + 1 for _, high, _ in spans})
-        row = []
-        for low, after in pairwise(cuts):
-            targets = {to for first_, last, to in spans if first_ <= low <= last}
-            if not targets:
-                continue
-            key = (nfa.close(targets, begin=False, end=False), False)
-            if key not in numbers:
-                if len(sets) >= MOST_STATES:
-                    raise BadRequest(f"a pattern needs more than {MOST_STATES} states; give a simpler one")
-                numbers[key] = len(sets)
-                sets.append(key)
-            row.append((low, after - 1, numbers[key]))
-        if end in nfa.close(states, begin=begin, end=True):
-            finals.append(len(edges))
-        edges.append(row)
-    return trimmed(edges, finals)
-
-
-class _Nfa:
-    """States with spans (first, last, state) and free moves; conditional ones hold at an end of the text."""
-
-    def __init__(self) -> None:
-        self.spans: list[list[tuple[int, int, int]]] = [[]]
-        self.free: list[list[tuple[int, bool | None]]] = [[]]
-
-    def state(self) -> int:
-        if len(self.spans) >= 4 * MOST_STATES:
-            raise BadRequest(f"a pattern needs more than {4 * MOST_STATES} states; give smaller repetitions")
-        self.spans.append([])
-        self.free.append([])
-        return len(self.spans) - 1
-
-    def add(self, pattern: Regex, at: int) -> int:
-        """Add a pattern behind a state; the state after it."""
-        if isinstance(pattern, Cat):
-            for item in pattern.items:
-                at = self.add(item, at)
-            return at
-        after = self.state()
-        if isinstance(pattern, Chars):
-            self.spans[at] += [(low, high, after) for low, high in pattern.ranges]
-        elif isinstance(pattern, Anchor):
-            self.free[at].append((after, pattern.end))
-        elif isinstance(pattern, Or):
-            for item in pattern.items:
-                first = self.state()
-                self.free[at].append((first, None))
-                self.free[self.add(item, first)].append((after, None))
-        else:
-            assert isinstance(pattern, Times)
-            for _ in range(pattern.least):
-                at = self.add(pattern.item, at)
-            if pattern.most is None:
-                loop = self.state()
-                self.free[at].append((loop, None))
-                self.free[self.add(pattern.item, loop)].append((loop, None))
-                at = loop
-            else:
-                for _ in range(pattern.most - pattern.least):
-                    self.free[at].append((after, None))
-                    first = self.state()
-                    self.free[at].append((first, None))
-                    at = self.add(pattern.item, first)
-            self.free[at].append((after, None))
-        return after
-
-    def close(self, states: Iterable[int], begin: bool, end: bool) -> frozenset[int]:
-        found, stack = set(states), list(states)
-        while stack:
-            for to, condition in self.free[stack.pop()]:
-                if to not in found and (condition is None or (end if condition else begin)):
-                    found.add(to)
-                    stack.append(to)
-        return frozenset(found)
+    return [[(code, code, to) for code, to in sorted(row.items())] for row in edges], frozenset(finals)

@@ -7,8 +7,10 @@ string of up to 10,000 characters is then found once, and not for every characte
 
 from __future__ import annotations
 
+from pertoken.decode.grammar.calls import add, begin
 from pertoken.decode.grammar.compiled import kernel
-from pertoken.decode.grammar.parses import add, begin, intern_node, intern_parse
+from pertoken.decode.grammar.nodes import intern_node
+from pertoken.decode.grammar.parses import intern_parse
 from pertoken.decode.grammar.positions import full
 from pertoken.decode.grammar.tables import (
     COUNTED,
@@ -29,7 +31,7 @@ LEVELS = 4  # of the stack that are looked at
 @kernel
 def alike(block, parse, longest):
     """A parse with the same mask, the same one for as many as possible."""
-    at = block[PARSE] + 5 * parse
+    at = block[PARSE] + 6 * parse
     first, size, flags = block[at], block[at + 1], block[at + 2]
     begin(block)
     for i in range(first, first + size):
@@ -72,7 +74,7 @@ def recounted(block, node, longest, parent):
         old, here = block[LINK] + 3 * (first + i), block[LINK] + 3 * (new + i)
         code, above, times = block[old], block[old + 1], block[old + 2]
         if code < 0:
-            counted = block[COUNTED] + 4 * ~code
+            counted = block[COUNTED] + 6 * ~code
             least, most = block[counted + 1], block[counted + 2]
             if most < 0 or most - times > longest:
                 times = least if times >= least else max(times, least - longest - 1)

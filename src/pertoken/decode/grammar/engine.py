@@ -2,8 +2,8 @@
 
 Nothing is computed before it is needed: a rule becomes an automaton when it is first called, a position is numbered
 when it is first reached, its tokens are found when it is first asked for them, and the finished mask of every parse
-is kept. What a rule without references does to a vocabulary is kept with the vocabulary, under the grammar's `keys`:
-the mask of a JSON string is found once for all schemas.
+is kept. What a rule without references does to a vocabulary is kept with the vocabulary (see `sharing`): the mask of a
+JSON string is found once for all schemas.
 """
 
 from __future__ import annotations
@@ -15,38 +15,38 @@ import numpy as np
 
 from pertoken.core.errors import BadRequest
 from pertoken.decode.grammar import masks as kernels
-from pertoken.decode.grammar.counts import alike
 from pertoken.decode.grammar.ir import Grammar
-from pertoken.decode.grammar.loading import add_rules, load, more_slots, share
+from pertoken.decode.grammar.loading import load, make_room
 from pertoken.decode.grammar.nfa import Builder, Nfa
 from pertoken.decode.grammar.normal import normal
+from pertoken.decode.grammar.sharing import share_repeat, share_split
 from pertoken.decode.grammar.tables import (
+    ABOUT,
     AMBIGUOUS,
+    DEAD,
     DETAIL,
     ENDS,
     FAILED,
+    MASK,
     MOST_ITEMS,
-    NEEDS_ENTRY,
+    NEEDS_REPEAT,
     NEEDS_RULE,
-    NEEDS_SLOT,
+    NEEDS_SPLIT,
     PARSE,
     PATH,
     REASON,
+    SPLIT,
     Tables,
 )
+from pertoken.decode.grammar.trie import FIRSTS, HEADS, child, only_bit
 from pertoken.decode.grammar.vocabulary import Vocabulary
-
-MOST_MASKS = 1 << 26  # bytes of finished masks; beyond, they are forgotten
-MOST_PARSES = 1 << 18  # whose masks are known
 
 
 class Engine:
     """Matches one grammar over one vocabulary. memory: bytes that its tables may take."""
 
     def __init__(self, grammar: Grammar, vocabulary: Vocabulary, memory: int = 1 << 28):
-        self.grammar, self.vocabulary = grammar, vocabulary
-        self.memory, self.trie = memory, vocabulary.block
-        self.found = np.zeros(vocabulary.size, np.int32)
+        self.grammar, self.vocabulary, self.memory = grammar, vocabulary, memory
         self.matchers: weakref.WeakSet[Any] = weakref.WeakSet()
         self.pinned = False  # whether others than matchers hold numbers of parses
         self.normal = None if grammar.plain else normal(grammar)
@@ -56,27 +56,22 @@ class Engine:
         """Empty tables with the root rule in them."""
         grammar, vocabulary = self.grammar, self.vocabulary
         self.tables = Tables(self.memory)
-        self.pool = np.zeros((4, vocabulary.words), np.int32)
-        self.masks: dict[int, np.ndarray] = {}
-        self.kept = 0
+        self.tables.hold(PATH, 4 * (vocabulary.longest + 4))
+        self.forgot: int | None = None  # table whose entries were forgotten to find the mask that is asked for
         self.forced: dict[int, list[int]] = {}
         self.single: dict[int, int | None] = {}
-        self.base: list[int] = []
-        if self.tables.view(PATH).size <= vocabulary.longest:
-            self.tables.grow(PATH, vocabulary.longest + 1)
         nfas: list[Nfa] = []
-        ranks: list[int] = []
+        self.ranks: list[int] = []
         empty = False
         if self.normal is None:
-            self.builder = Builder(dict(grammar.rules), {})
+            self.builder = Builder(dict(grammar.rules), {}, grammar.known)
         else:
-            self.builder, nfas, ranks, empty = self.normal
-        add_rules(self, ranks)
+            self.builder, nfas, self.ranks, empty = self.normal
         for rule, nfa in enumerate(nfas):
             load(self, rule, nfa)
         root = self.builder.numbers[grammar.root]
-        if self.base[root] < 0:
-            load(self, root, self.builder.build(self.builder.rules[grammar.root]))
+        if not nfas:
+            load(self, root, self.builder.rule(root))
         self.start = self.run(lambda block: kernels.first_parse(block, root, empty))
 
     def spare(self) -> None:
@@ -92,7 +87,7 @@ class Engine:
 
     def read(self, parse: int, token: int) -> int:
         """Parse after a token, or -1."""
-        return self.run(lambda block: kernels.read(block, self.trie, parse, token))
+        return self.run(lambda block: kernels.read(block, self.vocabulary.block, parse, token))
 
     def read_bytes(self, parse: int, data: bytes) -> tuple[int, int]:
         """Parse after bytes (or -1), and how many were read before that."""
@@ -106,42 +101,43 @@ class Engine:
 
     def ends(self, parse: int) -> bool:
         """Whether a sentence may end here."""
-        return bool(self.tables.view(PARSE)[5 * parse + 2] & ENDS)
+        block = self.tables.block
+        return bool(block[block[PARSE] + 6 * parse + 2] & ENDS)
+
+    def fill(self, parse: int, bitmask: np.ndarray, row: int) -> None:
+        """Write which tokens may come next, ends of text included, into a row of an int32 bitmask `[row, word]`."""
+        tables, vocabulary = self.tables, self.vocabulary
+        found = kernels.fill(tables.address, vocabulary.address, parse, bitmask, row)
+        if found:
+            self._fill_slowly(parse, bitmask, row, found)
+
+    def _fill_slowly(self, parse: int, bitmask: np.ndarray, row: int, found: int) -> None:
+        self.forgot = None
+        while found == FAILED:
+            self._serve()
+            found = kernels.fill(self.tables.address, self.vocabulary.address, parse, bitmask, row)
+        if found == kernels.NO_SUCH_ROW:
+            raise BadRequest(
+                f"row {row} of a bitmask {list(bitmask.shape)} cannot hold a mask of {self.vocabulary.words} words; "
+                "give new_bitmask(rows, size), and a row that it has"
+            )
+        if found == DEAD:
+            raise BadRequest(
+                "no token of the vocabulary may come next: it cannot spell what the grammar asks for here (or no "
+                "id ends a text). Give a vocabulary with single bytes, its ends, or another grammar"
+            )
 
     def mask(self, parse: int) -> np.ndarray:
-        """int32 `[word]`: bitmask of the tokens that may come next, ends of text included. Not to be changed."""
-        mask = self.masks.get(parse)
-        if mask is None and self.builder.counted:
-            if len(self.masks) > MOST_PARSES:
-                self.masks.clear()
-            same = self.run(lambda block: alike(block, parse, self.vocabulary.longest))
-            if same != parse:
-                mask = self.masks[parse] = self.mask(same)
-        if mask is None:
-            mask = np.empty(self.vocabulary.words, np.int32)
-            self.run(lambda block: kernels.fill(block, self.trie, self.pool, parse, mask, self.found))
-            if self.ends(parse):
-                for end in self.vocabulary.ends:
-                    mask[end >> 5] |= np.int32(np.uint32(1 << (end & 31)).view(np.int32))
-            if not mask.any():
-                raise BadRequest(
-                    "no token of the vocabulary may come next: it cannot spell what the grammar asks for here (or no "
-                    "id ends a text). Give a vocabulary with single bytes, its ends, or another grammar"
-                )
-            self.kept += mask.nbytes
-            if self.kept > MOST_MASKS:
-                self.masks.clear()
-                self.kept = mask.nbytes
-            self.masks[parse] = mask
-        return mask
+        """int32 `[word]`: bitmask of the tokens that may come next, ends of text included."""
+        mask = np.empty((1, self.vocabulary.words), np.int32)
+        self.fill(parse, mask, 0)
+        return mask[0]
 
     def only_token(self, parse: int) -> int | None:
         """The token that must come next, an end of text included, or None if there is a choice."""
         if parse not in self.single:
-            mask = self.mask(parse)
-            words = np.flatnonzero(mask)
-            word = int(mask[words[0]]) & 0xFFFFFFFF if len(words) == 1 else 0
-            self.single[parse] = None if word & (word - 1) or not word else int(words[0]) * 32 + word.bit_length() - 1
+            token = only_bit(self.mask(parse))
+            self.single[parse] = None if token < 0 else int(token)
         return self.single[parse]
 
     def only_byte(self, parse: int) -> int:
@@ -158,19 +154,18 @@ class Engine:
 
     def may_grow(self, data: bytes, parse: int) -> bool:
         """Whether a token spells all of `data` and more, and the grammar allows its first byte behind `data`."""
-        node, last = 0, int(self.trie[6])
-        heads, afters = self.trie[self.trie[0] :], self.trie[self.trie[1] :]
+        trie, node = self.vocabulary.block, 0
+        heads, firsts = int(trie[HEADS]), int(trie[FIRSTS])
         for byte in data:
-            while node < last and heads[node] & 255 != byte:
-                node = int(afters[node])
-            if node >= last:
+            node = int(child(trie, int(trie[firsts + node]), int(trie[firsts + node + 1]), byte))
+            if node < 0:
                 return False
-            node, last = node + 1, int(afters[node])
-        while node < last:
-            if self.read_bytes(parse, bytes([heads[node] & 255]))[0] >= 0:
-                return True
-            node = int(afters[node])
-        return False
+        below = trie[heads + trie[firsts + node] : heads + trie[firsts + node + 1]] & 255
+        return any(self.read_bytes(parse, bytes([byte]))[0] >= 0 for byte in below.tolist())
+
+    def bytes(self) -> int:
+        """Memory that it takes, besides its grammar and its vocabulary."""
+        return self.tables.bytes()
 
     def run(self, kernel: Any) -> int:
         """Call a kernel until it has what it needs."""
@@ -184,11 +179,14 @@ class Engine:
         """Give a kernel what it stopped for."""
         reason, detail = int(self.tables.block[REASON]), int(self.tables.block[DETAIL])
         if reason == NEEDS_RULE:
-            load(self, detail, self.builder.build(self.builder.rules[self.builder.names[detail]]))
-        elif reason == NEEDS_ENTRY:
-            share(self, detail)
-        elif reason == NEEDS_SLOT:
-            more_slots(self)
+            load(self, detail, self.builder.rule(detail))
+        elif reason == NEEDS_SPLIT:
+            share_split(self, detail)
+        elif reason == NEEDS_REPEAT:
+            share_repeat(self, detail, int(self.tables.block[ABOUT]))
+        elif reason in (SPLIT, MASK):
+            make_room(self, reason, self.forgot == reason)
+            self.forgot = reason
         elif reason == AMBIGUOUS:
             raise BadRequest(
                 f"the grammar reads this text in more than {MOST_ITEMS} ways at once; make it less ambiguous (one rule "

@@ -1,14 +1,31 @@
 """What every front end parses into: rules over bytes.
 
-A node is one of `Lit`, `Set`, `Seq`, `Alt`, `Repeat`, `Ref` and `Graph`; a `Grammar` maps rule names to nodes. All
-text is UTF-8 bytes by then. `EMPTY` matches nothing at all, `NOTHING` the empty text.
+A node is one of `Lit`, `Set`, `Seq`, `Alt`, `Repeat`, `Ref`, `Graph` and `Words`; a `Grammar` maps rule names to nodes.
+All text is UTF-8 bytes by then. `EMPTY` matches nothing at all, `NOTHING` the empty text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, TypeVar
+
+Class = TypeVar("Class", bound=type)
+
+
+def remembering(cls: Class) -> Class:
+    """A frozen dataclass whose objects, large trees that are looked up often, compute their hash once."""
+    compute = cls.__hash__
+
+    def remembered(self: Any) -> int:
+        found = self.__dict__.get("_hash")
+        if found is None:
+            found = self.__dict__["_hash"] = compute(self)
+        return found
+
+    cls.__hash__ = remembered
+    return cls
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,21 +42,24 @@ class Set:
     mask: int
 
 
-@dataclass(frozen=True, slots=True)
+@remembering
+@dataclass(frozen=True)
 class Seq:
     """One after another."""
 
     items: tuple[Node, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@remembering
+@dataclass(frozen=True)
 class Alt:
     """One of these."""
 
     items: tuple[Node, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@remembering
+@dataclass(frozen=True)
 class Repeat:
     """At least `least` times, at most `most` (None: no limit)."""
 
@@ -55,7 +75,8 @@ class Ref:
     name: str
 
 
-@dataclass(frozen=True, slots=True)
+@remembering
+@dataclass(frozen=True)
 class Graph:
     """An automaton whose edges (state, node, state) carry nodes; it starts in state 0 and may end in any of `finals`.
 
@@ -67,7 +88,15 @@ class Graph:
     finals: tuple[int, ...]
 
 
-Node = Lit | Set | Seq | Alt | Repeat | Ref | Graph
+@remembering
+@dataclass(frozen=True)
+class Words:
+    """One of these texts, at least two, sorted."""
+
+    texts: tuple[bytes, ...]
+
+
+Node = Lit | Set | Seq | Alt | Repeat | Ref | Graph | Words
 NOTHING = Lit(b"")
 EMPTY = Alt(())
 
@@ -77,14 +106,13 @@ class Grammar:
     """Rules and the name of the one to start with.
 
     plain: the front end vouches that no rule matches the empty text, that none is left-recursive and that all can end,
-    so that no analysis is needed; keys: names under which what is computed for a rule without references may be shared
-    between grammars.
+    so that no analysis is needed; known: rules that other grammars have too, so that their automata are worth keeping.
     """
 
     rules: dict[str, Node]
     root: str = "root"
     plain: bool = False
-    keys: dict[str, str] = field(default_factory=dict)
+    known: tuple[str, ...] = ()
 
 
 def seq(*items: Node) -> Node:
@@ -105,7 +133,9 @@ def seq(*items: Node) -> Node:
 
 def alt(*items: Node) -> Node:
     """`Alt`, flattened, with single bytes joined into one set."""
-    flat: dict[Node, None] = {}
+    if len(items) == 1:
+        return items[0]
+    flat: list[Node] = []
     mask = 0
     for item in items:
         for part in item.items if isinstance(item, Alt) else (item,):
@@ -114,11 +144,11 @@ def alt(*items: Node) -> Node:
             elif isinstance(part, Lit) and len(part.data) == 1:
                 mask |= 1 << part.data[0]
             else:
-                flat[part] = None
-    parts = list(flat)
+                flat.append(part)
+    flat = list(dict.fromkeys(flat)) if len(flat) > 1 else flat
     if mask:
-        parts.insert(0, Set(mask))
-    return parts[0] if len(parts) == 1 else Alt(tuple(parts))
+        flat.insert(0, Set(mask))
+    return flat[0] if len(flat) == 1 else Alt(tuple(flat))
 
 
 def optional(item: Node) -> Node:
@@ -153,25 +183,12 @@ def ranges(mask: int) -> tuple[tuple[int, int], ...]:
     return tuple(found)
 
 
-def literals(words: Iterable[bytes]) -> Node:
-    """One of many texts, as a graph that shares their beginnings."""
-    words = sorted(set(words))
-    if len(words) == 1:
-        return Lit(words[0])
-    edges: list[tuple[int, Node, int]] = []
-    finals: set[int] = set()
-    children: list[dict[int, int]] = [{}]
-    for word in words:
-        at = 0
-        for byte in word:
-            after = children[at].get(byte)
-            if after is None:
-                after = children[at][byte] = len(children)
-                children.append({})
-                edges.append((at, Set(1 << byte), after))
-            at = after
-        finals.add(at)
-    return Graph(tuple(edges), tuple(sorted(finals))) if words else EMPTY
+def literals(texts: Iterable[bytes]) -> Node:
+    """One of many texts."""
+    texts = sorted(set(texts))
+    if len(texts) < 2:
+        return Lit(texts[0]) if texts else EMPTY
+    return Words(tuple(texts))
 
 
 def children(node: Node) -> tuple[Node, ...]:
@@ -210,6 +227,8 @@ def nullable(node: Node, rules: Mapping[str, bool]) -> bool:
         return node.least == 0 or nullable(node.item, rules)
     if isinstance(node, Ref):
         return rules.get(node.name, False)
+    if isinstance(node, Words):
+        return not node.texts[0]
     reached, stack = {0}, [0]
     while stack:
         at = stack.pop()

@@ -46,11 +46,11 @@ def json_schema(
     if isinstance(schema, (str, bytes)):
         try:
             schema = json.loads(schema)
-        except ValueError as error:
-            raise BadRequest(f"the schema is not JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise BadRequest(f"the schema is not JSON that can be read: {error}") from error
     if draft not in DRAFTS.values():
         raise BadRequest(f"draft={draft} is not supported; give one of {', '.join(map(str, DRAFTS.values()))}")
     known = Documents(schema, documents or {}, draft)
     rules = Rules(Meaning(known, formats), blanks)
     rules.rules["root"] = Ref(rules.add(known.root))
-    return Grammar(rules.rules, plain=True, keys=rules.keys)
+    return Grammar(rules.rules, plain=True, known=tuple(rules.known))

@@ -12,23 +12,25 @@ from decimal import Decimal
 from functools import lru_cache
 
 from pertoken.core.errors import BadRequest
-from pertoken.decode.grammar.automaton import Automaton, Edges, automaton, trimmed, words
+from pertoken.decode.grammar.automaton import Automaton, Edges, trimmed, words
 from pertoken.decode.grammar.ir import EMPTY, Lit, Node, Repeat, alt, byte_set, seq
-from pertoken.decode.grammar.regex import parse
+from pertoken.decode.grammar.regex_automaton import automaton
+from pertoken.decode.grammar.regex_reader import parse
 from pertoken.decode.grammar.unicode import Ranges, characters, complement, minus
 
 BARE: Ranges = complement(((0, 0x1F), (0x22, 0x22), (0x5C, 0x5C)))  # what may stand in a string without a backslash
 MOST_DIVISOR = 4096
 
 
+NOT_BARE = complement(BARE)
+
+
 @lru_cache(maxsize=4096)
 def written(ranges: Ranges) -> Node:
     """One character of a set inside a string, in `json.dumps`' spelling."""
     escaped = [code for low, high in minus(ranges, BARE) for code in range(low, high + 1) if code < 0x5D]
-    return alt(
-        *(Lit(json.dumps(chr(code))[1:-1].encode()) for code in escaped),
-        characters(minus(ranges, complement(BARE))),
-    )
+    bare = characters(minus(ranges, NOT_BARE))
+    return alt(*(Lit(json.dumps(chr(code))[1:-1].encode()) for code in escaped), bare) if escaped else bare
 
 
 def any_character() -> Node:

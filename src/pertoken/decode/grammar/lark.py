@@ -13,27 +13,15 @@ import re
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from pertoken.core.errors import BadRequest
 from pertoken.decode.grammar.gbnf import finish
-from pertoken.decode.grammar.ir import NOTHING, Grammar, Lit, Node, Ref, Repeat, alt, optional, seq, star
-from pertoken.decode.grammar.regex import Cat, Chars, Or, Regex, Times, node_of, parse
-from pertoken.decode.grammar.text import ESCAPES, Cursor
-from pertoken.decode.grammar.unicode import ANY, LINE_ENDS, Ranges, characters, complement, tidy
+from pertoken.decode.grammar.ir import Grammar, Node, Ref, Repeat, alt, optional, seq, star
+from pertoken.decode.grammar.lark_terminals import COMMON, common, pattern, text
+from pertoken.decode.grammar.text import Cursor
 
 NAME = re.compile(r"[a-z_][a-z0-9_]*|_?[A-Z][A-Z0-9_]*")
 BLANK = re.compile(r"(?:[ \t\f\r]|//[^\n]*|\n(?=[ \t\r\n]*(?:\||//)))*")
 LINES = re.compile(r"(?:\s|//[^\n]*)*")
 IGNORED = "ignored"
-COMMON = {
-    "DIGIT": r"[0-9]", "HEXDIGIT": r"[a-fA-F0-9]", "INT": r"[0-9]+", "SIGNED_INT": r"[+-]?[0-9]+",
-    "DECIMAL": r"[0-9]+\.[0-9]*|\.[0-9]+",
-    "FLOAT": r"[0-9]+[eE][+-]?[0-9]+|(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?",
-    "NUMBER": r"(?:[0-9]+\.[0-9]*|\.?[0-9]+)(?:[eE][+-]?[0-9]+)?",
-    "SIGNED_NUMBER": r"[+-]?(?:[0-9]+\.[0-9]*|\.?[0-9]+)(?:[eE][+-]?[0-9]+)?", "LCASE_LETTER": r"[a-z]",
-    "UCASE_LETTER": r"[A-Z]", "LETTER": r"[A-Za-z]", "WORD": r"[A-Za-z]+", "CNAME": r"[_A-Za-z][_A-Za-z0-9]*",
-    "ESCAPED_STRING": r'"(?:[^"\\\n]|\\.)*"', "WS_INLINE": r"[ \t]+", "WS": r"[ \t\f\r\n]+", "NEWLINE": r"(?:\r?\n)+",
-    "CR": r"\r", "LF": r"\n",
-}  # fmt: skip
 
 
 def lark(source: str, root: str = "start") -> Grammar:
@@ -105,7 +93,7 @@ class _Reader:
             else:
                 name_here = name
             self._blank()
-            self._define(name_here, node_of(parse(COMMON[name]), characters), start)
+            self._define(name_here, common(name), start)
         else:
             self.cursor.fail(f"%{word} is not supported; %ignore and %import common.NAME are", start)
 
@@ -184,9 +172,9 @@ class _Reader:
             cursor.leave()
             return inner if closing == ")" else optional(inner)
         if cursor.take('"'):
-            return self._terminal(self._text())
+            return self._terminal(text(cursor))
         if cursor.peek == "/":
-            return self._terminal(self._pattern())
+            return self._terminal(pattern(cursor))
         name = self._name()
         if name is None:
             self._fail(f"{cursor.peek!r} begins neither a text, a pattern, a group nor a name")
@@ -196,67 +184,3 @@ class _Reader:
     def _terminal(self, node: Node) -> Node:
         """With what may be ignored behind it, where a terminal is used in a rule."""
         return node if self.inside or not self.skips else seq(node, Ref(IGNORED))
-
-    def _text(self) -> Node:
-        cursor = self.cursor
-        text = self._quoted()
-        if cursor.source.startswith('.."', cursor.at):
-            cursor.at += 3
-            start, last = cursor.at, self._quoted()
-            if len(text) != 1 or len(last) != 1 or text > last:
-                cursor.fail('a range is written "a".."z", from a character to a later one', start)
-            return characters(tidy([(ord(text), ord(last))]))
-        if cursor.take("i"):
-            return node_of(Cat(tuple(Chars(_cases(((ord(c), ord(c)),))) for c in text)), characters)
-        return Lit(text.encode()) if text else NOTHING
-
-    def _quoted(self) -> str:
-        """A text behind its opening quote."""
-        cursor, text = self.cursor, ""
-        while not cursor.take('"'):
-            letter = cursor.next('the closing "')
-            if letter == "\n":
-                cursor.fail("a line break in a text; write \\n", cursor.at - 1)
-            if letter == "\\":
-                letter = cursor.next("an escaped character")
-                digits = {"x": 2, "u": 4, "U": 8}.get(letter)
-                letter = chr(cursor.hexadecimal(digits)) if digits else ESCAPES.get(letter, letter)
-            text += letter
-        return text
-
-    def _pattern(self) -> Node:
-        cursor, start = self.cursor, self.cursor.at
-        match = re.compile(r"/((?:[^/\\\n]|\\.)+)/([imslux]*)").match(cursor.source, start)
-        if match is None:
-            cursor.fail("this pattern does not end; it is written /.../ on one line")
-        cursor.at = match.end()
-        flags = set(match.group(2))
-        if flags - {"i", "s", "u"}:
-            cursor.fail(
-                f"flags {', '.join(sorted(flags - set('isu')))} are not supported; i and s are", match.end() - 1
-            )
-        try:
-            return node_of(_flagged(parse(match.group(1).replace("\\/", "/")), flags), characters)
-        except BadRequest as error:
-            raise BadRequest(f"{cursor.what}, line {cursor.source.count(chr(10), 0, start) + 1}: {error}") from error
-
-
-def _flagged(pattern: Regex, flags: set[str]) -> Regex:
-    """A pattern without regard to case (i), or with `.` for line breaks too (s)."""
-    if isinstance(pattern, (Cat, Or)):
-        return type(pattern)(tuple(_flagged(item, flags) for item in pattern.items))
-    if isinstance(pattern, Times):
-        return Times(_flagged(pattern.item, flags), pattern.least, pattern.most)
-    if isinstance(pattern, Chars):
-        ranges = ANY if "s" in flags and pattern.ranges == complement(LINE_ENDS) else pattern.ranges
-        return Chars(_cases(ranges) if "i" in flags else ranges)
-    return pattern
-
-
-def _cases(ranges: Ranges) -> Ranges:
-    """With the other case of every letter (of the first 12,288 characters of a range)."""
-    found = list(ranges)
-    for low, high in ranges:
-        for code in range(low, min(high, low + 0x3000) + 1):
-            found += [(ord(other), ord(other)) for other in (chr(code).lower(), chr(code).upper()) if len(other) == 1]
-    return tidy(found)

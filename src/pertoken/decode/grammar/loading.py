@@ -1,4 +1,4 @@
-"""What the engine puts into its tables: automata of rules when they are first called, and masks of positions."""
+"""What the engine puts into its tables: automata of rules, when they are first called; room for splits."""
 
 from __future__ import annotations
 
@@ -6,24 +6,29 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pertoken.decode.grammar import masks as kernels
+from pertoken.decode.grammar.compiled import kernel
 from pertoken.decode.grammar.nfa import EPSILON, Nfa
-from pertoken.decode.grammar.positions import intern_place
+from pertoken.decode.grammar.positions import full, intern_place
 from pertoken.decode.grammar.tables import (
     CALLING,
+    CAPACITY,
     COUNTED,
     EDGE,
-    ENTRY,
-    EXITS,
+    FAILED,
     FINAL,
     FOUND,
+    MASK,
+    NO_MASK,
+    NO_SPLIT,
+    PARSE,
     PLACE,
     READS,
+    REASON,
+    REPEATS,
     RULE,
     SET,
-    SLOTS,
+    SPLIT,
     STATE,
-    TOKENS,
     USED,
     WORK,
 )
@@ -31,87 +36,76 @@ from pertoken.decode.grammar.tables import (
 if TYPE_CHECKING:
     from pertoken.decode.grammar.engine import Engine
 
-MOST_MASKS = 1 << 26  # bytes of bitmasks of positions
+MOST = {SPLIT: 1 << 24, MASK: 1 << 24}  # int32; then they are forgotten
 
 
-def more_slots(engine: Engine) -> None:
-    """Room for more bitmasks of positions; if there are too many, all are forgotten."""
-    if 2 * engine.pool.nbytes <= MOST_MASKS:
-        engine.pool = np.concatenate([engine.pool, np.zeros_like(engine.pool)])
+def make_room(engine: Engine, table: int, again: bool) -> None:
+    """Room for more splits or masks. If they are too many, all are forgotten; but not again for the same mask."""
+    tables, size = engine.tables, engine.tables.view(table).size
+    fits = size < MOST[table] and 2 * (tables.bytes() + 4 * size) <= tables.limit
+    if again or fits or 2 * tables.used(table) < size:
+        tables.grow(table)
         return
-    engine.tables.view(PLACE).reshape(-1, 8)[:, 5] = -1
-    for table in (ENTRY, TOKENS, EXITS):
-        engine.tables.block[USED + table] = 0
-    engine.tables.block[SLOTS] = 0
-
-
-def share(engine: Engine, place: int) -> None:
-    """Entry of a position of a rule that many grammars have, from the vocabulary or for it."""
-    row = engine.tables.view(PLACE)[8 * place : 8 * place + 8]
-    rule = int(row[7])
-    states = engine.tables.view(SET)[row[0] : row[0] + row[1]] - engine.base[rule]
-    key = (engine.grammar.keys[engine.builder.names[rule]], states.tobytes())
-    known = engine.vocabulary.shared.get(key)
-    if known is None:
-        entry = engine.run(lambda block: kernels.make_entry(block, engine.trie, engine.pool, place, engine.found))
-        start, count, exits, leaving = engine.tables.view(ENTRY)[4 * entry : 4 * entry + 4].tolist()
-        tokens = engine.tables.view(TOKENS)[start : start + count] if start >= 0 else engine.pool[~start]
-        engine.vocabulary.shared[key] = (start < 0, tokens.copy(), engine.tables.view(EXITS)[exits:][:leaving].copy())
+    tables.block[USED + table] = 0
+    if table == MASK:
+        tables.view(PARSE).reshape(-1, 6)[:, 5] = NO_MASK
         return
-    wide, tokens, leaving = known
-    if wide and engine.tables.block[SLOTS] >= len(engine.pool):
-        more_slots(engine)
-    exits = engine.tables.append(EXITS, leaving)
-    if wide:
-        slot = int(engine.tables.block[SLOTS])
-        engine.tables.block[SLOTS] += 1
-        engine.pool[slot], start = tokens, ~slot
-    else:
-        start = engine.tables.append(TOKENS, tokens)
-    entry = engine.tables.append(ENTRY, np.array([[start, len(tokens), exits, len(leaving)]], np.int32))
-    engine.tables.view(PLACE)[8 * place + 5] = entry
-
-
-def add_rules(engine: Engine, ranks: list[int]) -> None:
-    """Enter rules that the builder has named since, and its repetitions."""
-    fresh = engine.builder.names[len(engine.base) :]
-    if fresh:
-        first = len(engine.base)
-        rows = np.array([[-1, -1, 0, int(name in engine.grammar.keys)] for name in fresh], np.int32)
-        rows[:, 2] = ranks[first:] if ranks else 0
-        engine.tables.append(RULE, rows)
-        engine.base += [-1] * len(fresh)
-    counted = engine.builder.counted[engine.tables.used(COUNTED) :]
-    if counted:
-        entries = [[c.rule, c.least, -1 if c.most is None else c.most, -1] for c in counted]
-        engine.tables.append(COUNTED, np.array(entries, np.int32))
+    splits = tables.view(PLACE).reshape(-1, 10)[:, 5]
+    splits[splits >= 0] = NO_SPLIT
+    tables.view(COUNTED).reshape(-1, 6)[:, 4] = -1
+    tables.block[USED + REPEATS] = 0
 
 
 def load(engine: Engine, rule: int, nfa: Nfa) -> None:
-    """Put a rule's automaton into the tables."""
-    add_rules(engine, [])
-    edges = sorted(nfa.edges)
-    flags, counts = [0] * nfa.size, [0] * nfa.size
-    flags[1] = FINAL
-    for q, kind, _, _ in edges:
-        counts[q] += 1
-        flags[q] |= READS if kind >= 0 else 0 if kind == EPSILON else CALLING
-    base, at = engine.tables.used(STATE), engine.tables.used(EDGE)
-    states = []
-    for state in range(nfa.size):
-        states.append((at, at + counts[state], flags[state], 0))
-        at += counts[state]
-    engine.tables.append(STATE, np.array(states, np.int32))
-    if edges:
-        engine.tables.append(EDGE, np.array([(kind, x, r + base) for _, kind, x, r in edges], np.int32))
-    if engine.tables.view(WORK).size < at + 64:
-        engine.tables.grow(WORK, at + 64)
-    if engine.tables.view(FOUND).size < base + nfa.size:
-        engine.tables.grow(FOUND, base + nfa.size)
-    engine.base[rule] = base
+    """Put a rule's automaton into the tables, and the rules and repetitions that the builder has named since."""
+    builder, tables = engine.builder, engine.tables
+    known = tables.used(RULE)
+    if known < len(builder.names):
+        rows = np.array([[-1, -1, 0, 0]], np.int32).repeat(len(builder.names) - known, axis=0)
+        rows[:, 2] = engine.ranks[known : len(builder.names)] or 0
+        tables.append(RULE, rows)
+    counted = builder.counted[tables.used(COUNTED) :]
+    if counted:
+        entries = [(c.rule, c.least, -1 if c.most is None else c.most, -1, -1, 1) for c in counted]
+        tables.append(COUNTED, np.array(entries, np.int32))
+    edges = nfa.flat
+    engine.run(lambda block: enter(block, edges, nfa.size, rule))
 
-    def first_place(block: np.ndarray) -> int:
-        block[block[WORK]] = base
-        return intern_place(block, 1, rule)
 
-    engine.tables.view(RULE)[4 * rule : 4 * rule + 2] = [engine.run(first_place), base]
+@kernel
+def enter(block, edges, size, rule):
+    """Enter an automaton of `size` states, with edges (state, first, last, state) in a row; FAILED, or 0."""
+    count, base, first = len(edges) // 4, block[USED + STATE], block[USED + EDGE]
+    if full(block, STATE, size) or full(block, EDGE, count) or full(block, PLACE, 1) or full(block, SET, size):
+        return FAILED
+    if block[CAPACITY + WORK] < first + count + 64 or block[CAPACITY + FOUND] < base + size:
+        block[REASON] = WORK if block[CAPACITY + WORK] < first + count + 64 else FOUND
+        return FAILED
+    states = block[STATE] + 4 * base
+    for i in range(4 * size):
+        block[states + i] = 0
+    block[states + 4 + 2] = FINAL
+    calling = False
+    for i in range(0, 4 * count, 4):
+        kind, at = edges[i + 1], states + 4 * edges[i]
+        block[at + 1] += 1
+        if kind >= 0:
+            block[at + 2] |= READS
+        elif kind != EPSILON:
+            block[at + 2] |= CALLING
+            calling = True
+    for state in range(states, states + 4 * size, 4):
+        block[state] = first
+        first += block[state + 1]
+        block[state + 1] = block[state]
+    for i in range(0, 4 * count, 4):
+        at = states + 4 * edges[i]
+        edge = block[EDGE] + 3 * block[at + 1]
+        block[edge], block[edge + 1], block[edge + 2] = edges[i + 1], edges[i + 2], base + edges[i + 3]
+        block[at + 1] += 1
+    block[USED + STATE] += size
+    block[USED + EDGE] += count
+    block[block[WORK]] = base
+    at = block[RULE] + 4 * rule
+    block[at], block[at + 1], block[at + 3] = intern_place(block, 1, rule), base, 0 if calling else 1
+    return 0

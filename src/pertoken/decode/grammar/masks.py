@@ -1,237 +1,202 @@
-"""Kernels: which tokens may come next.
+"""Kernels: which tokens may come next, and what comes after them.
 
-A position's tokens are found once, by walking the vocabulary's trie with a parse that knows only its rule (`INSIDE`
-below it): tokens read to their end are allowed whatever the stack is; where the rule can end within a token, the trie
-node is kept as an *exit*, and its subtree is walked with the real stack each time (the context-dependent tokens). All
-others are rejected. A mask is the union over the parse's items.
-
+A mask is the union over the items of a parse: of the split of each item's position, or of the repetition that it is in,
+the tokens that are allowed in any case, and those below its exits that can be read from what follows the item's rule.
 A bitmask has bit i % 32 of word i // 32 set for an allowed token i.
 """
 
 from __future__ import annotations
 
-from pertoken.decode.grammar.compiled import kernel
-from pertoken.decode.grammar.parses import add, begin, close, intern_parse, returned, step
+from pertoken.decode.grammar.calls import add, begin
+from pertoken.decode.grammar.compiled import kernel, numbers_at
+from pertoken.decode.grammar.counts import alike
+from pertoken.decode.grammar.parses import close, intern_parse, returned, step
 from pertoken.decode.grammar.positions import full
+from pertoken.decode.grammar.repeats import repetition
+from pertoken.decode.grammar.splits import make_split
 from pertoken.decode.grammar.tables import (
-    CAPACITY,
+    ABOUT,
+    COUNTED,
     DEAD,
     DETAIL,
+    EDGE,
     ENDS,
-    ENTRY,
-    EXITS,
     FAILED,
-    INSIDE,
     ITEM,
-    LEAVES,
-    NEEDS_ENTRY,
-    NEEDS_SLOT,
-    NEXT,
+    LINK,
+    MASK,
+    NEEDS_REPEAT,
+    NO_MASK,
+    NO_SPLIT,
+    NODE,
     PARSE,
-    PATH,
     PLACE,
     REASON,
+    REPEATS,
     ROOT,
     RULE,
-    SLOTS,
-    TOKENS,
-    UNKNOWN,
+    SET,
+    SPLIT,
+    STATE,
     USED,
 )
+from pertoken.decode.grammar.trie import (
+    ENDS_COUNT,
+    ENDS_OF_TEXT,
+    LONGEST,
+    SCRATCH,
+    SHARED,
+    SIZE,
+    STARTS,
+    TEXT,
+    add_twins,
+    set_bits,
+)
+from pertoken.decode.grammar.walks import walk
+
+NO_SUCH_ROW = -10
 
 
 @kernel
-def build_trie(text, lengths, ids, nodes, same):
-    """Trie of the sorted tokens whose bytes are joined in `text`: `nodes` `[3, node]` gets byte + depth * 256, the node
-    after the subtree, and the token; returns the number of nodes."""
-    count, start, before = 0, 0, 0
-    path = [0] * (lengths.max() + 1)
-    depth = 0
-    for i in range(len(ids)):
-        length = lengths[i]
-        shared = 0
-        if i > 0:
-            while shared < length and shared < lengths[i - 1] and text[start + shared] == text[before + shared]:
-                shared += 1
-        while depth > shared:
-            nodes[1, path[depth]] = count
-            depth -= 1
-        if shared == length:  # the same bytes again
-            last = nodes[2, path[depth]]
-            while same[last] >= 0:
-                last = same[last]
-            same[last] = ids[i]
-        while depth < length:
-            depth += 1
-            path[depth] = count
-            nodes[0, count] = text[start + depth - 1] + 256 * depth
-            nodes[2, count] = ids[i] if depth == length else -1
-            count += 1
-        before = start
-        start += length
-    while depth > 0:
-        nodes[1, path[depth]] = count
-        depth -= 1
-    return count
-
-
-@kernel
-def walk(block, trie, parse, first, last, found, count, leaving):
-    """Append to `found` the tokens of trie nodes `first` to `last` that can be read from a parse; returns how many
-    there are then. `leaving`: note exits (in EXITS) too."""
-    heads, afters, tokens = trie[0], trie[1], trie[2]
-    path, parses, rows = block[PATH], block[PARSE], block[NEXT]
-    exits, used = block[EXITS], block[USED + EXITS]
-    room = block[CAPACITY + EXITS]
-    if first >= last:
-        return count
-    block[path + (trie[heads + first] >> 8) - 1] = parse
-    node = first
-    while node < last:
-        head = trie[heads + node]
-        byte, depth = head & 255, head >> 8
-        here = block[path + depth - 1]
-        row = block[parses + 5 * here + 3]
-        after = UNKNOWN
-        if row >= 0:
-            after = block[rows + 256 * row + byte]
-        if after == UNKNOWN:
-            after = step(block, here, byte)
-            if after == FAILED:
-                return FAILED
-        if after == DEAD:
-            node = trie[afters + node]
-            continue
-        token = trie[tokens + node]
-        if token >= 0:
-            found[count] = token
-            count += 1
-        at = parses + 5 * after
-        if leaving and block[at + 2] & LEAVES and trie[afters + node] > node + 1:
-            if used >= room:
-                block[REASON] = EXITS
-                return FAILED
-            block[exits + used] = node
-            used += 1
-        if block[at + 1] == 0:
-            node = trie[afters + node]
-        else:
-            block[path + depth] = after
-            node += 1
-    if leaving:
-        block[USED + EXITS] = used
-    return count
-
-
-@kernel
-def set_bits(mask, trie, found, count):
-    """Allow tokens `found[:count]` and all that spell the same."""
-    same = trie[3]
-    for i in range(count):
-        token = found[i]
-        while token >= 0:
-            mask[token >> 5] |= 1 << (token & 31)
-            token = trie[same + token]
-
-
-@kernel
-def only_item(block, place):
-    """Parse of a position alone, with nothing known below it, before it ends or calls anything."""
-    begin(block)
-    if add(block, place, INSIDE) == FAILED:
-        return FAILED
-    return intern_parse(block, 0)
-
-
-@kernel
-def make_entry(block, trie, pool, place, found):
-    """Find a position's tokens and exits; FAILED or the number of the entry. Long lists of tokens become bitmasks in
-    pool `[slot, word]`."""
-    slots = block[SLOTS]
-    parse = only_item(block, place)
-    if parse == FAILED:
-        return FAILED
-    exits = block[USED + EXITS]
-    count = walk(block, trie, parse, 0, trie[6], found, 0, True)
-    if count == FAILED:
-        return FAILED
-    size = block[USED + EXITS] - exits
-    block[USED + EXITS] = exits
-    wide = count > max(pool.shape[1] // 8, 64)
-    if full(block, ENTRY, 1) or (not wide and full(block, TOKENS, count)):
-        return FAILED
-    if wide and slots >= len(pool):
-        block[REASON] = NEEDS_SLOT
-        return FAILED
-    entry = block[USED + ENTRY]
-    at = block[ENTRY] + 4 * entry
-    if wide:
-        pool[slots, :] = 0
-        set_bits(pool[slots], trie, found, count)
-        block[at] = ~slots
-        block[SLOTS] = slots + 1
-    else:
-        first = block[USED + TOKENS]
-        for i in range(count):
-            block[block[TOKENS] + first + i] = found[i]
-        block[at] = first
-        block[USED + TOKENS] += count
-    block[at + 1], block[at + 2], block[at + 3] = count, exits, size
-    block[USED + EXITS] += size
-    block[USED + ENTRY] += 1
-    block[block[PLACE] + 8 * place + 5] = entry
-    return entry
-
-
-@kernel
-def fill(block, trie, pool, parse, mask, found):
-    """Set the mask of a parse; 0, or FAILED."""
-    at = block[PARSE] + 5 * parse
-    first, size = block[at], block[at + 1]
-    for i in range(size):
-        place = block[block[ITEM] + 2 * (first + i)]
-        here = block[PLACE] + 8 * place
-        if block[here + 5] < 0:
-            if block[block[RULE] + 4 * block[here + 7] + 3]:  # shared between grammars
-                block[REASON], block[DETAIL] = NEEDS_ENTRY, place
-                return FAILED
-            if make_entry(block, trie, pool, place, found) == FAILED:
-                return FAILED
-    mask[:] = 0
-    for i in range(size):
-        here = block[ITEM] + 2 * (first + i)
-        place, node = block[here], block[here + 1]
-        entry = block[ENTRY] + 4 * block[block[PLACE] + 8 * place + 5]
-        start, count = block[entry], block[entry + 1]
-        if start < 0:
-            slot = pool[~start]
-            for word in range(len(mask)):
-                mask[word] |= slot[word]
-        else:
-            tokens = block[TOKENS] + start
-            set_bits(mask, trie, block[tokens : tokens + count], count)
-        if node <= ROOT or block[entry + 3] == 0:
-            continue
-        after = returned(block, node)
-        if after == FAILED:
-            return FAILED
-        if after == DEAD or block[block[PARSE] + 5 * after + 1] == 0:
-            continue
-        for k in range(block[entry + 2], block[entry + 2] + block[entry + 3]):
-            exit_ = block[block[EXITS] + k]
-            count = walk(block, trie, after, exit_ + 1, trie[trie[1] + exit_], found, 0, False)
-            if count == FAILED:
-                return FAILED
-            set_bits(mask, trie, found, count)
+def fill(block_address, trie_address, parse, bitmask, row):
+    """Write the mask of a parse, ends of text included, into a row of a bitmask; 0, DEAD if no token may come next,
+    NO_SUCH_ROW, or FAILED. The blocks are given by their addresses."""
+    block, trie = numbers_at(block_address), numbers_at(trie_address)
+    words = (trie[SIZE] + 31) // 32
+    if row < 0 or row >= bitmask.shape[0] or bitmask.shape[1] != words:
+        return NO_SUCH_ROW
+    where = find_mask(block, trie, parse)
+    if where < 0:
+        return where
+    where += block[MASK]
+    for word in range(words):
+        bitmask[row, word] = block[where + word]
     return 0
+
+
+@kernel
+def find_mask(block, trie, parse):
+    """Where the mask of a parse is in MASK, or DEAD or FAILED. Parses that `counts` finds alike have one in common."""
+    at = block[PARSE] + 6 * parse
+    if block[at + 5] != NO_MASK:
+        return block[at + 5]
+    same = at
+    if block[USED + COUNTED]:
+        other = alike(block, parse, trie[LONGEST])
+        if other == FAILED:
+            return FAILED
+        same = block[PARSE] + 6 * other
+    if block[same + 5] == NO_MASK:
+        words = (trie[SIZE] + 31) // 32
+        if full(block, MASK, words):
+            return FAILED
+        where = block[MASK] + block[USED + MASK]
+        found = add_items(block, trie, same, block[where : where + words])
+        if found != 0:
+            return found
+        block[same + 5] = block[USED + MASK]
+        block[USED + MASK] += words
+    block[at + 5] = block[same + 5]
+    return block[at + 5]
+
+
+@kernel
+def add_items(block, trie, at, mask):
+    """Set the mask of a parse, given by its address; 0, DEAD if nothing is allowed, or FAILED."""
+    mask[:] = 0
+    for i in range(block[at], block[at] + block[at + 1]):
+        place, node = block[block[ITEM] + 2 * i], block[block[ITEM] + 2 * i + 1]
+        counted = repetition(block, node)
+        if counted >= 0:
+            if add_repeat(block, trie, counted, place, node, mask) == FAILED:
+                return FAILED
+            continue
+        split = block[block[PLACE] + 10 * place + 5]
+        if split == NO_SPLIT:
+            split = make_split(block, trie, place)
+            if split == FAILED:
+                return FAILED
+        home, where = (block, block[SPLIT] + split) if split >= 0 else (trie, trie[SHARED] - 2 - split)
+        count, exits = home[where], home[where + 1]
+        where += 2
+        if count < 0:
+            for word in range(len(mask)):
+                mask[word] |= home[where + word]
+            where += len(mask)
+        else:
+            set_bits(mask, home, where, count)
+            where += count
+        if add_exits(block, trie, node, home, where, exits, mask) == FAILED:
+            return FAILED
+    add_twins(mask, trie)
+    if block[at + 2] & ENDS:
+        set_bits(mask, trie, trie[ENDS_OF_TEXT], trie[ENDS_COUNT])
+    for word in range(len(mask)):
+        if mask[word]:
+            return 0
+    return DEAD
+
+
+@kernel
+def add_exits(block, trie, node, home, first, count, mask):
+    """Allow what can be read below exits `home[first : first + count]` once the rule called at a node has ended."""
+    if node <= ROOT or count == 0:
+        return 0
+    after = returned(block, node)
+    if after == FAILED:
+        return FAILED
+    if after == DEAD or block[block[PARSE] + 6 * after + 1] == 0:
+        return 0
+    for k in range(first, first + count):
+        found = walk(block, trie, after, home[k], 0, 0, False)
+        if found == FAILED:
+            return FAILED
+        set_bits(mask, trie, trie[SCRATCH], found)
+    return 0
+
+
+@kernel
+def add_repeat(block, trie, counted, place, node, mask):
+    """Allow what can be read from a position inside of a repetition (see `repeats`); 0 or FAILED."""
+    at, here = block[COUNTED] + 6 * counted, block[LINK] + 3 * block[block[NODE] + 4 * node]
+    link = block[at + 4]
+    while link >= 0 and block[block[REPEATS] + 3 * link] != place:
+        link = block[block[REPEATS] + 3 * link + 2]
+    if link < 0:
+        block[REASON], block[DETAIL], block[ABOUT] = NEEDS_REPEAT, counted, place
+        return FAILED
+    split, parent, times = block[block[REPEATS] + 3 * link + 1], block[here + 1], block[here + 2]
+    home, where = (block, block[SPLIT] + split) if split >= 0 else (trie, trie[SHARED] - 2 - split)
+    most, inside, behind = home[where], home[where + 1], home[where + 2]
+    sums, first = where + 4, where + 4 + 3 * (most + 2)
+    left = most if block[at + 2] < 0 else min(most, block[at + 2] - times)
+    least = max(block[at + 1] - times, 1)
+    words, fit, scratch = first + inside + behind + home[where + 3], home[sums + left + 1], trie[SCRATCH]
+    if 2 * fit < inside:
+        set_bits(mask, home, first, fit)
+    else:
+        for word in range(len(mask)):
+            trie[scratch + word] = home[words + word]
+        for i in range(first + fit, first + inside):
+            token = home[i]
+            trie[scratch + (token >> 5)] &= ~(1 << (token & 31))
+        for word in range(len(mask)):
+            mask[word] |= trie[scratch + word]
+    if least > left:
+        return 0
+    sums, first = sums + most + 2, first + inside
+    set_bits(mask, home, first + home[sums + least], home[sums + left + 1] - home[sums + least])
+    sums, first = sums + most + 2, first + behind
+    fit = home[sums + left + 1] - home[sums + least]
+    return add_exits(block, trie, parent, home, first + home[sums + least], fit, mask)
 
 
 @kernel
 def read(block, trie, parse, token):
     """Parse after all bytes of a token; DEAD if it cannot come here."""
-    start, text = trie[4], trie[5]
-    for i in range(trie[start + token], trie[start + token + 1]):
-        parse = step(block, parse, trie[text + i])
+    start, text = trie[STARTS] + token, trie[TEXT]
+    for i in range(text + trie[start], text + trie[start + 1]):
+        parse = step(block, parse, trie[i] & 255)
         if parse < 0:
             return parse
     return parse
@@ -241,7 +206,7 @@ def read(block, trie, parse, token):
 def read_bytes(block, data, parse):
     """Parse after bytes `data` (uint8), how many of them were read, and the parse after those."""
     for i in range(len(data)):
-        after = step(block, parse, data[i])
+        after = step(block, parse, data[i] & 255)
         if after < 0:
             return after, i, parse
         parse = after
@@ -250,33 +215,23 @@ def read_bytes(block, data, parse):
 
 @kernel
 def only_byte(block, parse):
-    """The one byte that can come next, if the sentence cannot end here and there is but one; else -1. FAILED too."""
-    at = block[PARSE] + 5 * parse
+    """The one byte that can come next, if the sentence cannot end here and there is but one; else -1."""
+    at = block[PARSE] + 6 * parse
+    single = -1
     if block[at + 2]:
         return -1
-    single = -1
-    for i in range(block[at], block[at] + block[at + 1]):
-        place = block[block[ITEM] + 2 * i]
-        here = block[PLACE] + 8 * place
-        for byte in range(256):
-            if single != byte and _reads(block, here, byte):
-                if single >= 0:
+    for item in range(block[at], block[at] + block[at + 1]):
+        place = block[PLACE] + 10 * block[block[ITEM] + 2 * item]
+        for i in range(block[place], block[place] + block[place + 1]):
+            state = block[STATE] + 4 * block[block[SET] + i]
+            for edge in range(block[state], block[state + 1]):
+                here = block[EDGE] + 3 * edge
+                if block[here] < 0:
+                    continue
+                if block[here] != block[here + 1] or (single >= 0 and single != block[here]):
                     return -1
-                single = byte
+                single = block[here]
     return single
-
-
-@kernel
-def _reads(block, place, byte):
-    """Whether a state of a position (given by its address) has an edge over a byte."""
-    from_, number = block[place], block[place + 1]
-    for i in range(number):
-        state = block[0] + 4 * block[block[5] + from_ + i]
-        for edge in range(block[state], block[state + 1]):
-            at = block[1] + 3 * edge
-            if block[at] <= byte <= block[at + 1] and block[at] >= 0:
-                return True
-    return False
 
 
 @kernel
@@ -292,7 +247,7 @@ def first_parse(block, rule, empty):
     if parse == FAILED or not empty:
         return parse
     begin(block)
-    at = block[PARSE] + 5 * parse
+    at = block[PARSE] + 6 * parse
     for i in range(block[at], block[at] + block[at + 1]):
         add(block, block[block[ITEM] + 2 * i], block[block[ITEM] + 2 * i + 1])
     return intern_parse(block, ENDS)

@@ -66,15 +66,16 @@ class Matcher(TokenMask):
         return twin
 
     def fill(self, bitmask: Any, row: int = 0) -> None:
-        mask = self.mask
-        if isinstance(bitmask, np.ndarray):
-            bitmask[row] = mask
+        if type(bitmask) is not np.ndarray:
+            bitmask = bitmask.numpy()
+        if self.ended:
+            bitmask[row] = 0
         else:
-            bitmask.numpy()[row] = mask
+            self.engine.fill(self.parses[-1], bitmask, row)
 
     @property
     def mask(self) -> np.ndarray:
-        """int32 `[word]`, shared: not to be changed."""
+        """int32 `[word]`."""
         if self.ended:
             return np.zeros(self.engine.vocabulary.words, np.int32)
         return self.engine.mask(self.parses[-1])

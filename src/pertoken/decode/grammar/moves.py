@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from pertoken.decode.grammar.compiled import kernel
 from pertoken.decode.grammar.engine import Engine
-from pertoken.decode.grammar.masks import set_bits
-from pertoken.decode.grammar.parses import step
-from pertoken.decode.grammar.tables import DEAD, FAILED, PARSE, PATH
+from pertoken.decode.grammar.tables import DEAD
+from pertoken.decode.grammar.trie import SCRATCH, add_twins, set_bits
+from pertoken.decode.grammar.walks import walk
 
 MOST_BYTES = 1 << 27  # of bitmasks; beyond, they are forgotten
 
@@ -25,7 +24,6 @@ class Moves:
         engine.pinned = True
         self.start, self.size, self.ends = engine.start, engine.vocabulary.size, engine.vocabulary.ends
         self.known: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self.tokens, self.targets = np.zeros(self.size, np.int32), np.zeros(self.size, np.int32)
 
     def complete(self, state: int) -> bool:
         """Whether a sentence may end here."""
@@ -40,40 +38,16 @@ class Moves:
         found = self.known.get(state)
         if found is None:
             engine = self.engine
-            count = engine.run(lambda block: _walk(block, engine.trie, state, self.tokens, self.targets))
-            targets, groups = np.unique(self.targets[:count], return_inverse=True)
+            trie = engine.vocabulary.block
+            count = engine.run(lambda block: walk(block, trie, state, 0, 0, 0, False))
+            tokens, after = trie[trie[SCRATCH] :][:count].copy(), trie[trie[SCRATCH] + self.size :][:count].copy()
+            targets, groups = np.unique(after, return_inverse=True)
             masks = np.zeros((len(targets), engine.vocabulary.words), np.int32)
             for move in range(len(targets)):
-                tokens = self.tokens[:count][groups == move]
-                set_bits(masks[move], engine.trie, tokens, len(tokens))
+                chosen = tokens[groups == move]
+                set_bits(masks[move], chosen, 0, len(chosen))
+                add_twins(masks[move], trie)
             if sum(mask.nbytes for _, mask in self.known.values()) > MOST_BYTES:
                 self.known.clear()
             found = self.known[state] = (targets, masks)
         return found
-
-
-@kernel
-def _walk(block, trie, parse, tokens, targets):
-    """Tokens that can be read from a parse and the parses after them; their number, or FAILED."""
-    heads, afters, ids = trie[0], trie[1], trie[2]
-    path, count, node, last = block[PATH], 0, 0, trie[6]
-    block[path] = parse
-    while node < last:
-        head = trie[heads + node]
-        depth = head >> 8
-        after = step(block, block[path + depth - 1], head & 255)
-        if after == FAILED:
-            return FAILED
-        if after == DEAD:
-            node = trie[afters + node]
-            continue
-        token = trie[ids + node]
-        if token >= 0:
-            tokens[count], targets[count] = token, after
-            count += 1
-        if block[block[PARSE] + 5 * after + 1] == 0:
-            node = trie[afters + node]
-        else:
-            block[path + depth] = after
-            node += 1
-    return count

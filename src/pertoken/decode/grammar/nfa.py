@@ -8,10 +8,16 @@ the empty text, none begins with itself, every state leads to the end.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from itertools import chain
 
-from pertoken.decode.grammar.ir import Alt, Graph, Lit, Node, Ref, Repeat, Seq, Set, nullable, ranges, references
+import numpy as np
+
+from pertoken.decode.grammar.compiled import kernel
+from pertoken.decode.grammar.ir import Alt, Graph, Lit, Node, Ref, Repeat, Seq, Set, Words, nullable, ranges, references
+from pertoken.decode.grammar.trie import common
 
 EPSILON, CALL, COUNT = -1, -2, -3
 COPIES = 48  # a repetition is written out if that takes no more states than this
@@ -20,14 +26,59 @@ Edge = tuple[int, int, int, int]
 
 @dataclass
 class Nfa:
-    """Automaton of one rule: `size` states, start 0, end 1."""
+    """Automaton of one rule: `size` states, start 0, end 1; many: more edges, as arrays `[edge, 4]`."""
 
     edges: list[Edge] = field(default_factory=list)
     size: int = 2
+    many: list[np.ndarray] = field(default_factory=list)
 
     def state(self) -> int:
         self.size += 1
         return self.size - 1
+
+    def words(self, texts: Sequence[bytes], at: int, after: int) -> None:
+        """Any of many sorted texts, by a tree."""
+        lengths = np.fromiter(map(len, texts), np.int32, len(texts))
+        edges = np.zeros((int(lengths.sum()) + len(texts), 4), np.int32)
+        text = np.frombuffer(b"".join(texts), np.uint8)
+        count, self.size = word_edges(text, lengths, at, after, self.size, edges)
+        self.many.append(edges[:count])
+
+    @cached_property
+    def flat(self) -> np.ndarray:
+        """All edges, their numbers in a row. To be asked for when there will be no more."""
+        few = np.fromiter(chain.from_iterable(self.edges), np.int32, 4 * len(self.edges))
+        return np.concatenate([few, *(edges.reshape(-1) for edges in self.many)]) if self.many else few
+
+    def listed(self) -> Nfa:
+        """The same with all edges in `edges`."""
+        return Nfa(self.edges + [tuple(edge) for edges in self.many for edge in edges.tolist()], self.size)
+
+
+@kernel
+def word_edges(text, lengths, at, after, size, edges):
+    """Put the edges of a tree of sorted texts, joined in `text`, between two states into `edges`; how many there are,
+    and how many states with those that the tree has, `size` being there before."""
+    path, start, before, count = [at] * (lengths.max() + 1), 0, 0, 0
+    for i in range(len(lengths)):
+        length = lengths[i]
+        shared = common(text, start, length, before, lengths[i - 1]) if i > 0 else 0
+        goes_on = i + 1 < len(lengths) and common(text, start, length, start + length, lengths[i + 1]) == length
+        for depth in range(shared, length):
+            target = after
+            if goes_on or depth + 1 < length:
+                target = size
+                size += 1
+            byte = text[start + depth]
+            edges[count, 0], edges[count, 1], edges[count, 2], edges[count, 3] = path[depth], byte, byte, target
+            path[depth + 1] = target
+            count += 1
+        if goes_on:
+            edges[count, 0], edges[count, 1], edges[count, 2], edges[count, 3] = path[length], EPSILON, 0, after
+            count += 1
+        before = start
+        start += length
+    return count, size
 
 
 @dataclass
@@ -45,6 +96,8 @@ def weight(node: Node) -> int:
         return len(node.data)
     if isinstance(node, (Set, Ref)):
         return 1
+    if isinstance(node, Words):
+        return sum(map(len, node.texts))
     if isinstance(node, (Seq, Alt)):
         return sum(map(weight, node.items))
     if isinstance(node, Repeat):
@@ -55,12 +108,13 @@ def weight(node: Node) -> int:
 
 
 class Builder:
-    """Numbers rules and repetitions while nodes become automata."""
+    """Numbers rules and repetitions while nodes become automata. known: rules that other grammars may have too."""
 
-    def __init__(self, rules: dict[str, Node], empty: dict[str, bool]):
-        self.rules, self.empty = rules, empty
+    def __init__(self, rules: dict[str, Node], empty: dict[str, bool], known: Iterable[str] = ()):
+        self.rules, self.empty, self.known = rules, empty, set(known)
         self.numbers = {name: i for i, name in enumerate(rules)}
         self.names = list(rules)
+        self.inlined: set[str] = set()
         self.bodies: dict[Node, int] = {}
         self.counted: list[Counted] = []
 
@@ -69,6 +123,12 @@ class Builder:
         self._emit(nfa, node, 0, 1)
         return nfa
 
+    def rule(self, number: int) -> Nfa:
+        """The automaton of a rule."""
+        name = self.names[number]
+        nfa = ready(self.rules[name]) if name in self.known else None
+        return nfa or self.build(self.rules[name])
+
     def _body(self, node: Node) -> int:
         """Number of the rule made for the body of a repetition."""
         if isinstance(node, Ref):
@@ -76,6 +136,7 @@ class Builder:
         if node not in self.bodies:
             name = f"repeated {len(self.bodies)}"
             self.bodies[node] = self.numbers[name] = len(self.names)
+            self.known.add(name)
             self.names.append(name)
             self.rules[name] = node
             self.empty[name] = False
@@ -96,7 +157,10 @@ class Builder:
         elif isinstance(node, Set):
             edges.extend((at, low, high, after) for low, high in ranges(node.mask))
         elif isinstance(node, Ref):
-            edges.append((at, CALL, self.numbers[node.name], after))
+            if node.name in self.inlined:
+                self._emit(nfa, self.rules[node.name], at, after)
+            else:
+                edges.append((at, CALL, self.numbers[node.name], after))
         elif isinstance(node, Seq):
             for item in node.items[:-1]:
                 new = nfa.state()
@@ -106,6 +170,8 @@ class Builder:
         elif isinstance(node, Alt):
             for item in node.items:
                 self._emit(nfa, item, at, after)
+        elif isinstance(node, Words):
+            nfa.words(node.texts, at, after)
         elif isinstance(node, Graph):
             states: dict[int, int] = {}
             edges.append((at, EPSILON, 0, states.setdefault(0, nfa.state())))
@@ -154,6 +220,16 @@ class Builder:
             self._emit(nfa, item, at, new)
             at = new
         nfa.edges.append((at, EPSILON, 0, after))
+
+
+@lru_cache(maxsize=1024)
+def ready(node: Node) -> Nfa | None:
+    """The automaton of a node that calls and counts nothing; None of any other."""
+    if any(True for _ in references(node)):
+        return None
+    builder = Builder({}, {})
+    nfa = builder.build(node)
+    return None if builder.counted else nfa
 
 
 def empty_rules(rules: dict[str, Node]) -> dict[str, bool]:

@@ -1,5 +1,8 @@
 """Makes the rules of any grammar fit for the engine, without changing the language.
 
+Small rules without references are written out where they are used, so that tokens which cross their borders need no
+stack.
+
 Afterwards no rule matches the empty text (a call of one that did can also be passed over), none begins with itself,
 and every state leads to the end of its rule. Left recursion goes in one step per group of rules that begin with each
 other: the automaton of rule A walks the left spine of its derivations upwards. It starts where any rule of the group
@@ -11,9 +14,10 @@ from __future__ import annotations
 
 from pertoken.core.errors import BadRequest
 from pertoken.decode.grammar.ir import Grammar, references
-from pertoken.decode.grammar.nfa import CALL, COUNT, EPSILON, Builder, Edge, Nfa, empty_rules, reached
+from pertoken.decode.grammar.nfa import CALL, COUNT, EPSILON, Builder, Edge, Nfa, empty_rules, reached, weight
 
 MOST_EDGES = 2_000_000
+MOST_INLINED = 16  # states of a rule without references that is written out where it is used
 
 
 def normal(grammar: Grammar) -> tuple[Builder, list[Nfa], list[int], bool]:
@@ -24,9 +28,14 @@ def normal(grammar: Grammar) -> tuple[Builder, list[Nfa], list[int], bool]:
     """
     empty = empty_rules(grammar.rules)
     builder = Builder(dict(grammar.rules), empty)
+    builder.inlined = {
+        name
+        for name, node in grammar.rules.items()
+        if weight(node) <= MOST_INLINED and not any(True for _ in references(node))
+    }
     nfas: list[Nfa] = []
     while len(nfas) < len(builder.names):
-        nfas.append(builder.build(builder.rules[builder.names[len(nfas)]]))
+        nfas.append(builder.build(builder.rules[builder.names[len(nfas)]]).listed())
     spellable = [empty.get(name, False) for name in builder.names]
     nfas = [_not_empty(_skips(nfa, spellable)) for nfa in nfas]
     ends = _endings(builder, nfas)

@@ -8,10 +8,11 @@ caller's links, so that right recursion needs no stack. Left recursion and empty
 
 from __future__ import annotations
 
+from pertoken.decode.grammar.calls import add, begin, call, come_back, look_up_calls
 from pertoken.decode.grammar.compiled import kernel
-from pertoken.decode.grammar.positions import full, is_tail, look_up_calls, mix, move
+from pertoken.decode.grammar.nodes import gather
+from pertoken.decode.grammar.positions import alike_bytes, full, mark_read, mix, move
 from pertoken.decode.grammar.tables import (
-    AMBIGUOUS,
     CALLED,
     CALLING,
     CALLS,
@@ -27,13 +28,11 @@ from pertoken.decode.grammar.tables import (
     ITEM,
     ITEMS,
     LEAVES,
-    LINK,
-    MOST_ITEMS,
     MOST_ROWS,
     NEEDS_RULE,
     NEXT,
+    NO_MASK,
     NODE,
-    NODE_HASH,
     PARSE,
     PARSE_HASH,
     PENDING,
@@ -42,173 +41,9 @@ from pertoken.decode.grammar.tables import (
     REASON,
     ROOT,
     RULE,
-    SEEN,
-    STAMP,
     UNKNOWN,
     USED,
 )
-
-
-@kernel
-def begin(block):
-    """Start collecting the items of a parse (in COLLECTED)."""
-    block[STAMP] += 1
-    block[ITEMS] = 0
-    block[CALLED] = 0
-
-
-@kernel
-def add(block, place, node):
-    """Collect an item once; FAILED if there are too many."""
-    slots, seen, items = block[CAPACITY + SEEN] - 1, block[SEEN], block[COLLECTED]
-    stamp = block[STAMP]
-    slot = mix(mix(7, place), node) & slots
-    while block[seen + 2 * slot] == stamp:
-        other = block[seen + 2 * slot + 1]
-        if block[items + 2 * other] == place and block[items + 2 * other + 1] == node:
-            return 0
-        slot = (slot + 1) & slots
-    count = block[ITEMS]
-    if count >= MOST_ITEMS or 2 * count > slots:
-        block[REASON] = AMBIGUOUS
-        return FAILED
-    block[seen + 2 * slot], block[seen + 2 * slot + 1] = stamp, count
-    block[items + 2 * count], block[items + 2 * count + 1] = place, node
-    block[ITEMS] = count + 1
-    return 0
-
-
-@kernel
-def call(block, rule, code, node, times):
-    """Note that a rule is called with this link."""
-    count = block[CALLED]
-    if count >= block[CAPACITY + PENDING]:
-        if count >= 8 * MOST_ITEMS:
-            block[REASON] = AMBIGUOUS
-        else:
-            block[REASON] = PENDING
-        return FAILED
-    at = block[PENDING] + 5 * count
-    block[at], block[at + 1], block[at + 2], block[at + 3], block[at + 4] = rule, code, node, times, 0
-    block[CALLED] = count + 1
-    return 0
-
-
-@kernel
-def come_back(block, node):
-    """Collect what follows when the rule that was called at a node has been read."""
-    at = block[NODE] + 4 * node
-    for link in range(block[at], block[at] + block[at + 1]):
-        here = block[LINK] + 3 * link
-        code, parent, times = block[here], block[here + 1], block[here + 2]
-        if code >= 0:
-            if add(block, code, parent) == FAILED:
-                return FAILED
-            continue
-        counted = block[COUNTED] + 4 * ~code
-        least, most = block[counted + 1], block[counted + 2]
-        times += 1
-        if (most < 0 or times < most) and call(
-            block, block[counted], code, parent, times if most >= 0 else min(times, least)
-        ) == FAILED:
-            return FAILED
-        if times >= least and add(block, block[counted + 3], parent) == FAILED:
-            return FAILED
-    return 0
-
-
-@kernel
-def less(block, one, other):
-    """Whether a link comes before another."""
-    for i in range(3):
-        if block[one + i] != block[other + i]:
-            return block[one + i] < block[other + i]
-    return False
-
-
-@kernel
-def intern_node(block, first, count):
-    """Number of the node whose links are the last `count` of LINK, from `first` on; they stay only if it is new."""
-    links = block[LINK]
-    for i in range(first + 1, first + count):
-        code, parent, times = block[links + 3 * i], block[links + 3 * i + 1], block[links + 3 * i + 2]
-        k = i
-        while k > first:
-            at = links + 3 * (k - 1)
-            before = code < block[at] or (
-                code == block[at] and (parent < block[at + 1] or (parent == block[at + 1] and times < block[at + 2]))
-            )
-            if not before:
-                break
-            block[at + 3], block[at + 4], block[at + 5] = block[at], block[at + 1], block[at + 2]
-            k -= 1
-        at = links + 3 * k
-        block[at], block[at + 1], block[at + 2] = code, parent, times
-    size = 1
-    for i in range(first + 1, first + count):
-        at, last = links + 3 * i, links + 3 * (first + size - 1)
-        if less(block, last, at):
-            for k in range(3):
-                block[last + 3 + k] = block[at + k]
-            size += 1
-    value = size
-    for i in range(3 * first, 3 * (first + size)):
-        value = mix(value, block[links + i])
-    table, slots = block[NODE_HASH], block[CAPACITY + NODE_HASH] - 1
-    slot = value & slots
-    while block[table + slot] >= 0:
-        node = block[table + slot]
-        at = block[NODE] + 4 * node
-        if block[at + 3] == value and block[at + 1] == size:
-            same, old = True, links + 3 * block[at]
-            for i in range(3 * size):
-                if block[old + i] != block[links + 3 * first + i]:
-                    same = False
-                    break
-            if same:
-                return node
-        slot = (slot + 1) & slots
-    if full(block, NODE, 1):
-        return FAILED
-    node = block[USED + NODE]
-    block[table + slot] = node
-    at = block[NODE] + 4 * node
-    block[at], block[at + 1], block[at + 2], block[at + 3] = first, size, UNKNOWN, value
-    block[USED + NODE] += 1
-    block[USED + LINK] = first + size
-    return node
-
-
-@kernel
-def gather(block, rule):
-    """Node of all links that a rule was called with and that are not done yet."""
-    first, count = block[USED + LINK], 0
-    for i in range(block[CALLED]):
-        at = block[PENDING] + 5 * i
-        if block[at + 4] or block[at] != rule:
-            continue
-        code, node, times = block[at + 1], block[at + 2], block[at + 3]
-        if code >= 0 and node > ROOT and is_tail(block, code):
-            parent = block[NODE] + 4 * node
-            more = block[parent + 1]
-            if full(block, LINK, count + more):
-                return FAILED
-            for k in range(3 * more):
-                block[block[LINK] + 3 * (first + count) + k] = block[block[LINK] + 3 * block[parent] + k]
-            count += more
-        else:
-            if full(block, LINK, count + 1):
-                return FAILED
-            here = block[LINK] + 3 * (first + count)
-            block[here], block[here + 1], block[here + 2] = code, node, times
-            count += 1
-    node = intern_node(block, first, count)
-    if node != FAILED:
-        for i in range(block[CALLED]):
-            at = block[PENDING] + 5 * i
-            if block[at] == rule:
-                block[at + 4] = 1
-    return node
 
 
 @kernel
@@ -219,7 +54,7 @@ def close(block):
         while done < block[ITEMS]:
             place, node = block[items + 2 * done], block[items + 2 * done + 1]
             done += 1
-            at = block[PLACE] + 8 * place
+            at = block[PLACE] + 10 * place
             if block[at + 2] & FINAL:
                 if node == ROOT:
                     flags |= ENDS
@@ -234,7 +69,7 @@ def close(block):
                     code, after = block[block[CALLS] + 2 * k], block[block[CALLS] + 2 * k + 1]
                     rule, link = code, after
                     if code < 0:
-                        rule, link = block[block[COUNTED] + 4 * ~code], code
+                        rule, link = block[block[COUNTED] + 6 * ~code], code
                     if call(block, rule, link, node, 0) == FAILED:
                         return FAILED
         best = -1
@@ -262,7 +97,7 @@ def intern_parse(block, flags):
     items, size = block[COLLECTED], 0
     for i in range(block[ITEMS]):
         place, node = block[items + 2 * i], block[items + 2 * i + 1]
-        if not block[block[PLACE] + 8 * place + 2] & READS:
+        if not block[block[PLACE] + 10 * place + 2] & READS:
             continue
         k = size
         while k > 0 and (
@@ -279,9 +114,9 @@ def intern_parse(block, flags):
         value = mix(value, block[items + i])
     table, slots = block[PARSE_HASH], block[CAPACITY + PARSE_HASH] - 1
     slot = value & slots
-    while block[table + slot] >= 0:
-        parse = block[table + slot]
-        at = block[PARSE] + 5 * parse
+    while block[table + slot] > 0:
+        parse = block[table + slot] - 1
+        at = block[PARSE] + 6 * parse
         if block[at + 4] == value and block[at + 1] == size and block[at + 2] == flags:
             same, old = True, block[ITEM] + 2 * block[at]
             for i in range(2 * size):
@@ -294,9 +129,10 @@ def intern_parse(block, flags):
     if full(block, PARSE, 1) or full(block, ITEM, size):
         return FAILED
     parse, first = block[USED + PARSE], block[USED + ITEM]
-    block[table + slot] = parse
-    at = block[PARSE] + 5 * parse
+    block[table + slot] = parse + 1
+    at = block[PARSE] + 6 * parse
     block[at], block[at + 1], block[at + 2], block[at + 3], block[at + 4] = first, size, flags, -1, value
+    block[at + 5] = NO_MASK
     for i in range(2 * size):
         block[block[ITEM] + 2 * first + i] = block[items + i]
     block[USED + PARSE] += 1
@@ -322,21 +158,24 @@ def returned(block, node):
 @kernel
 def row_of(block, parse):
     """Row of NEXT that belongs to a parse; if none is free, all rows are forgotten first."""
-    at = block[PARSE] + 5 * parse
+    at = block[PARSE] + 6 * parse
     row = block[at + 3]
     if row >= 0:
         return row
     if block[USED + NEXT] >= MOST_ROWS:
         for other in range(block[USED + PARSE]):
-            block[block[PARSE] + 5 * other + 3] = -1
+            block[block[PARSE] + 6 * other + 3] = -1
         block[USED + NEXT] = 0
     if full(block, NEXT, 1):
         return FAILED
     row = block[USED + NEXT]
     block[USED + NEXT] += 1
     block[at + 3] = row
+    first = block[NEXT] + 256 * row
     for i in range(256):
-        block[block[NEXT] + 256 * row + i] = UNKNOWN
+        block[first + i] = DEAD
+    for i in range(block[at], block[at] + block[at + 1]):
+        mark_read(block, block[block[ITEM] + 2 * i], first)
     return row
 
 
@@ -349,7 +188,8 @@ def step(block, parse, byte):
     known = block[block[NEXT] + 256 * row + byte]
     if known != UNKNOWN:
         return known
-    at = block[PARSE] + 5 * parse
+    at = block[PARSE] + 6 * parse
+    low, high = 0, 255
     begin(block)
     for i in range(block[at], block[at] + block[at + 1]):
         here = block[ITEM] + 2 * i
@@ -358,7 +198,9 @@ def step(block, parse, byte):
             return FAILED
         if after >= 0 and add(block, after, block[here + 1]) == FAILED:
             return FAILED
+        low, high = alike_bytes(block, block[here], byte, low, high)
     result = close(block) if block[ITEMS] else DEAD
     if result != FAILED:
-        block[block[NEXT] + 256 * row + byte] = result
+        for other in range(low, high + 1):
+            block[block[NEXT] + 256 * row + other] = result
     return result

@@ -1,18 +1,17 @@
 """Kernels: positions of rules, a deterministic automaton of every rule built as far as it is visited.
 
 A position is a set of automaton states, closed over empty edges, numbered once (`intern_place`). Its moves over bytes
-are filled in when asked for, for all bytes that behave alike at once.
+are filled in when asked for, for all bytes that behave alike at once; a position that reads but one byte, as inside of
+a literal, needs no row for them.
 """
 
 from __future__ import annotations
 
 from pertoken.decode.grammar.compiled import kernel
-from pertoken.decode.grammar.nfa import CALL, COUNT, EPSILON
+from pertoken.decode.grammar.nfa import EPSILON
 from pertoken.decode.grammar.tables import (
     CALLING,
-    CALLS,
     CAPACITY,
-    COUNTED,
     DEAD,
     EDGE,
     FAILED,
@@ -20,6 +19,8 @@ from pertoken.decode.grammar.tables import (
     FOUND,
     MARKS,
     MOVE,
+    NO_ROW,
+    NO_SPLIT,
     PLACE,
     PLACE_HASH,
     READS,
@@ -30,17 +31,6 @@ from pertoken.decode.grammar.tables import (
     USED,
     WORK,
 )
-
-
-@kernel
-def refill(table, hashes, first):
-    """Put entries `first`, `first + 1`, ... with these hashes into an emptied table of a power of two."""
-    size = len(table)
-    for number in range(first, len(hashes)):
-        slot = hashes[number] & (size - 1)
-        while table[slot] >= 0:
-            slot = (slot + 1) & (size - 1)
-        table[slot] = number
 
 
 @kernel
@@ -61,27 +51,24 @@ def mix(value, more):
 
 
 @kernel
-def intern_place(block, count, rule):
-    """Position of the first `count` states in WORK with all they reach over empty edges; DEAD for none."""
-    if count == 0:
-        return DEAD
+def close_states(block, count):
+    """Put the states that the first `count` in WORK reach over empty edges into FOUND, sorted, those without further
+    edges or an end left out; how many there are."""
     states, edges, work, found = block[STATE], block[EDGE], block[WORK], block[FOUND]
     stamp = block[MARKS] + 1
     block[MARKS] = stamp
-    top = 0
+    top, size = 0, 0
     for i in range(count):
         state = block[work + i]
         if block[states + 4 * state + 3] != stamp:
             block[states + 4 * state + 3] = stamp
             block[work + top] = state
             top += 1
-    size, flags = 0, 0
     while top > 0:
         top -= 1
         state = block[work + top]
         at = states + 4 * state
         if block[at + 2]:
-            flags |= block[at + 2]
             i = size
             while i > 0 and block[found + i - 1] > state:
                 block[found + i] = block[found + i - 1]
@@ -95,16 +82,23 @@ def intern_place(block, count, rule):
                     block[states + 4 * after + 3] = stamp
                     block[work + top] = after
                     top += 1
+    return size
+
+
+@kernel
+def intern_place(block, count, rule):
+    """Position of the first `count` states in WORK with all they reach over empty edges; DEAD for none."""
+    size = close_states(block, count) if count else 0
     if size == 0:
         return DEAD
-    value = size
+    found, value = block[FOUND], size
     for i in range(size):
         value = mix(value, block[found + i])
     table, slots = block[PLACE_HASH], block[CAPACITY + PLACE_HASH] - 1
     slot = value & slots
-    while block[table + slot] >= 0:
-        place = block[table + slot]
-        at = block[PLACE] + 8 * place
+    while block[table + slot] > 0:
+        place = block[table + slot] - 1
+        at = block[PLACE] + 10 * place
         if block[at + 6] == value and block[at + 1] == size:
             same, first = True, block[SET] + block[at]
             for i in range(size):
@@ -114,33 +108,79 @@ def intern_place(block, count, rule):
             if same:
                 return place
         slot = (slot + 1) & slots
-    if full(block, PLACE, 1) or full(block, MOVE, 1) or full(block, SET, size):
+    if full(block, PLACE, 1) or full(block, SET, size):
         return FAILED
     place, first = block[USED + PLACE], block[USED + SET]
-    block[table + slot] = place
-    at = block[PLACE] + 8 * place
-    block[at], block[at + 1], block[at + 2], block[at + 3] = first, size, flags, 0
-    block[at + 4], block[at + 5], block[at + 6], block[at + 7] = -1, -1, value, rule
+    block[table + slot] = place + 1
+    at = block[PLACE] + 10 * place
+    flags, spans, row = 0, 0, NO_ROW
     for i in range(size):
+        state = block[STATE] + 4 * block[found + i]
+        flags |= block[state + 2]
         block[block[SET] + first + i] = block[found + i]
-    for i in range(256):
-        block[block[MOVE] + 256 * place + i] = UNKNOWN
+        for edge in range(block[state], block[state + 1]):
+            here = block[EDGE] + 3 * edge
+            if block[here] >= 0:
+                spans += 1 if block[here] == block[here + 1] else 2
+                row = -2 - block[here]
+    block[at], block[at + 1], block[at + 2], block[at + 3], block[at + 4] = first, size, flags, 0, -1
+    block[at + 5], block[at + 6], block[at + 7] = NO_SPLIT, value, rule
+    block[at + 8], block[at + 9] = row if spans == 1 else NO_ROW, UNKNOWN
     block[USED + PLACE] += 1
-    block[USED + MOVE] += 1
     block[USED + SET] += size
     return place
 
 
 @kernel
+def mark_read(block, place, row):
+    """Set the bytes that a position may read to UNKNOWN in the 256 numbers from `row` on."""
+    at = block[PLACE] + 10 * place
+    if block[at + 8] < NO_ROW:
+        block[row - 2 - block[at + 8]] = UNKNOWN
+        return
+    for i in range(block[at], block[at] + block[at + 1]):
+        state = block[STATE] + 4 * block[block[SET] + i]
+        for edge in range(block[state], block[state + 1]):
+            here = block[EDGE] + 3 * edge
+            if block[here] >= 0:
+                for byte in range(block[here], block[here + 1] + 1):
+                    block[row + byte] = UNKNOWN
+
+
+@kernel
+def row_of_moves(block, place):
+    """Row of MOVE that belongs to a position that reads; FAILED if there is no room."""
+    at = block[PLACE] + 10 * place
+    if block[at + 8] == NO_ROW:
+        if full(block, MOVE, 1):
+            return FAILED
+        row = block[USED + MOVE]
+        for i in range(256):
+            block[block[MOVE] + 256 * row + i] = DEAD
+        mark_read(block, place, block[MOVE] + 256 * row)
+        block[USED + MOVE] += 1
+        block[at + 8] = row
+    return block[at + 8]
+
+
+@kernel
 def move(block, place, byte):
     """Position after a byte, or DEAD."""
-    known = block[block[MOVE] + 256 * place + byte]
+    at = block[PLACE] + 10 * place
+    if not block[at + 2] & READS:
+        return DEAD
+    row = row_of_moves(block, place)
+    if row == FAILED:
+        return FAILED
+    if row < NO_ROW:
+        known = block[at + 9] if byte == -2 - row else DEAD
+    else:
+        known = block[block[MOVE] + 256 * row + byte]
     if known != UNKNOWN:
         return known
-    at = block[PLACE] + 8 * place
     low, high, count = 0, 255, 0
-    for i in range(block[at + 1]):
-        state = block[STATE] + 4 * block[block[SET] + block[at] + i]
+    for i in range(block[at], block[at] + block[at + 1]):
+        state = block[STATE] + 4 * block[block[SET] + i]
         for edge in range(block[state], block[state + 1]):
             here = block[EDGE] + 3 * edge
             first, last = block[here], block[here + 1]
@@ -155,61 +195,36 @@ def move(block, place, byte):
                 block[block[WORK] + count] = block[here + 2]
                 count += 1
     after = intern_place(block, count, block[at + 7])
-    if after != FAILED:
+    if after == FAILED:
+        return FAILED
+    if row < NO_ROW:
+        block[at + 9] = after
+    else:
         for other in range(low, high + 1):
-            block[block[MOVE] + 256 * place + other] = after
+            block[block[MOVE] + 256 * row + other] = after
     return after
 
 
 @kernel
-def look_up_calls(block, place):
-    """Fill in which rules and repetitions are called at a position, and where each goes on; FAILED or 0."""
-    at = block[PLACE] + 8 * place
-    if block[at + 4] >= 0:
-        return 0
-    if full(block, CALLS, 0):
-        return FAILED
-    first, number = block[USED + CALLS], 0
-    for i in range(block[at + 1]):
-        state = block[STATE] + 4 * block[block[SET] + block[at] + i]
-        for edge in range(block[state], block[state + 1]):
-            here = block[EDGE] + 3 * edge
-            kind = block[here]
-            if kind != CALL and kind != COUNT:
-                continue
-            code = block[here + 1] if kind == CALL else ~block[here + 1]
-            known = False
-            for k in range(number):
-                known |= block[block[CALLS] + 2 * (first + k)] == code
-            if known:
-                continue
-            if first + number >= block[CAPACITY + CALLS]:
-                block[REASON] = CALLS
-                return FAILED
-            block[block[CALLS] + 2 * (first + number)] = code
-            number += 1
-    for k in range(number):
-        code, count = block[block[CALLS] + 2 * (first + k)], 0
-        for i in range(block[at + 1]):
-            state = block[STATE] + 4 * block[block[SET] + block[at] + i]
-            for edge in range(block[state], block[state + 1]):
-                here = block[EDGE] + 3 * edge
-                kind = block[here]
-                if (kind == CALL and block[here + 1] == code) or (kind == COUNT and ~block[here + 1] == code):
-                    block[block[WORK] + count] = block[here + 2]
-                    count += 1
-        after = intern_place(block, count, block[at + 7])
-        if after == FAILED:
-            return FAILED
-        block[block[CALLS] + 2 * (first + k) + 1] = after
-        if code < 0:
-            block[block[COUNTED] + 4 * ~code + 3] = after
-    block[USED + CALLS] += number
-    block[at + 3], block[at + 4] = first, number
-    return 0
+def alike_bytes(block, place, byte, low, high):
+    """The largest span of bytes around one, within `low` to `high`, that all lead to the same as far as is known."""
+    at = block[PLACE] + 10 * place
+    row = block[at + 8]
+    if row < NO_ROW:
+        lone = -2 - row
+        if byte == lone:
+            return byte, byte
+        return (low, min(high, lone - 1)) if byte < lone else (max(low, lone + 1), high)
+    moves = block[MOVE] + 256 * row
+    after, first, last = block[moves + byte], byte, byte
+    while first > low and block[moves + first - 1] == after:
+        first -= 1
+    while last < high and block[moves + last + 1] == after:
+        last += 1
+    return first, last
 
 
 @kernel
 def is_tail(block, place):
     """Whether a rule at this position can only end."""
-    return block[block[PLACE] + 8 * place + 2] & (FINAL | READS | CALLING) == FINAL
+    return block[block[PLACE] + 10 * place + 2] & (FINAL | READS | CALLING) == FINAL

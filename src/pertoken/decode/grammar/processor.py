@@ -35,6 +35,7 @@ class GrammarProcessor(LogitsProcessor):
         self.start, self.size, self.canonical = start, size, canonical
         self.prompt: int | None = None
         self.rows: list[tuple[list[int], TokenMask]] = []
+        self.mask = new_bitmask(1, size)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
         if self.prompt is None:
@@ -75,12 +76,11 @@ class GrammarProcessor(LogitsProcessor):
             scores.fill_(-torch.inf)
             scores[found[0]] = kept
             return
-        mask = new_bitmask(1, self.size)
         try:
-            state.fill(mask, 0)
+            state.fill(self.mask, 0)
         except BadRequest as error:
             raise BadRequest(f"{where}: {error}") from error
-        forbid(scores, mask[0], self.size)
+        forbid(scores, self.mask[0], self.size)
 
     def _state(self, row: int, text: list[int]) -> tuple[TokenMask, int]:
         """A matcher that has read `text` as far as the grammar allows, and how many of its ids it has not."""

@@ -6,24 +6,15 @@ Each function gets the whole schema, because these keywords look at their neighb
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pertoken.core.errors import BadRequest
-from pertoken.decode.grammar.automaton import ALL, NONE, automaton, difference, union
+from pertoken.decode.grammar.automaton import ALL, NONE, difference, union
+from pertoken.decode.grammar.regex_automaton import automaton
 from pertoken.decode.grammar.schema_documents import FALSE, TRUE, Conj, Unsupported
 from pertoken.decode.grammar.schema_keywords import count, either, holding, names, read_pattern, without
-from pertoken.decode.grammar.schema_values import (
-    ANYTHING,
-    EVERY,
-    EVERY_NAME,
-    NOTHING,
-    Items,
-    Members,
-    Names,
-    Values,
-    any_of,
-)
+from pertoken.decode.grammar.schema_shapes import EVERY, EVERY_NAME, Items, Members, Names
+from pertoken.decode.grammar.schema_values import ANYTHING, NOTHING, Values, any_of, anything
 
 if TYPE_CHECKING:
     from pertoken.decode.grammar.schema_meaning import Meaning
@@ -51,8 +42,8 @@ def properties(meaning: Meaning, number: int, schema: Schema, sign: bool, track:
              _table(meaning, number, schema, "properties").items()}  # fmt: skip
     if sign:
         rules = tuple((Names(frozenset({name})), conj) for name, conj in given.items())
-        shape = Members(rules, tuple(given), seen=(Names(frozenset(given)),))
-        return replace(ANYTHING, objects=(shape,))
+        shape = Members(rules, tuple(given), seen=(Names(frozenset(given)),) if track else ())
+        return anything(objects=(shape,))
     broken = []
     for name, conj in given.items():
         rules = ((Names(frozenset({name})), opposite(conj)),)
@@ -74,7 +65,7 @@ def _patterns(meaning: Meaning, number: int, schema: Schema) -> list[tuple[Names
 def pattern_properties(meaning: Meaning, number: int, schema: Schema, sign: bool, track: bool) -> Values:
     given = _patterns(meaning, number, schema)
     if sign:
-        return replace(ANYTHING, objects=(Members(tuple(given), seen=tuple(name for name, _ in given)),))
+        return anything(objects=(Members(tuple(given), seen=tuple(name for name, _ in given) if track else ()),))
     return any_of(_breaking(meaning, number, rule, "patternProperties") for rule in given)
 
 
@@ -97,7 +88,7 @@ def additional_properties(meaning: Meaning, number: int, schema: Schema, sign: b
         left = left.without(name)
     conj = meaning.documents.conj(schema["additionalProperties"], number)
     if sign:
-        return replace(ANYTHING, objects=(Members(((left, conj),), seen=(EVERY_NAME,)),))
+        return anything(objects=(Members(((left, conj),), seen=(EVERY_NAME,) if track else ()),))
     return _breaking(meaning, number, (left, conj), "additionalProperties")
 
 
@@ -109,7 +100,7 @@ def property_names(meaning: Meaning, number: int, schema: Schema, sign: bool, tr
         return ANYTHING if sign else NOTHING
     others = Names(other=difference(ALL, allowed))
     if sign:
-        return replace(ANYTHING, objects=(Members(((others, FALSE),)),))
+        return anything(objects=(Members(((others, FALSE),)),))
     return Values(objects=(Members(least=1, some=(others,)),))
 
 
@@ -192,7 +183,7 @@ def contains(meaning: Meaning, number: int, schema: Schema, sign: bool, track: b
     if least == 0 and most is None and not track:
         return ANYTHING if sign else NOTHING
     if most is not None and least > most:
-        return _array(sign, Items(least=1, most=0), [Items()]) if not sign else replace(ANYTHING, arrays=())
+        return _array(sign, Items(least=1, most=0), [Items()]) if not sign else anything(arrays=())
     return _array(sign, Items(contains=((0, conj, least, most),), least=least), broken)
 
 

@@ -15,6 +15,7 @@ from pertoken.core.errors import BadRequest
 Conj = frozenset[tuple[int, bool]]  # schemas (by number) that a value must match, or must not
 TRUE: Conj = frozenset()
 FALSE: Conj = frozenset({(0, False)})
+MOST_NESTED = 200
 DRAFTS = {"https://json-schema.org/draft/2020-12/schema": 2020, "http://json-schema.org/draft-07/schema": 7}
 ONE = {"additionalProperties", "items", "additionalItems", "contains", "not", "if", "then", "else", "propertyNames",
        "unevaluatedItems", "unevaluatedProperties"}  # fmt: skip
@@ -64,9 +65,14 @@ class Documents:
         self.resources[address] = document
         self._scan(document, address, "#" if not address else address + "#", self.draft)
 
-    def _scan(self, schema: Any, base: str, path: str, draft: int) -> None:
+    def _scan(self, schema: Any, base: str, path: str, draft: int, depth: int = 0) -> None:
         if not isinstance(schema, dict) or id(schema) in self.numbers:
             return
+        if depth > MOST_NESTED:
+            raise BadRequest(
+                f"schemas are nested more than {MOST_NESTED} deep at ...{path[-60:]}; name the inner ones in $defs and "
+                "refer to them with $ref"
+            )
         if isinstance(schema.get("$schema"), str):
             draft = self._draft(schema["$schema"], path)
         if isinstance(schema.get("$id"), str) and not (draft == 7 and "$ref" in schema):
@@ -83,7 +89,7 @@ class Documents:
             self.dynamic.setdefault(schema["$dynamicAnchor"], []).append(schema)
         self.enter(schema, base, path, draft)
         for where, inner in inside(schema):
-            self._scan(inner, base, f"{path}/{where}", draft)
+            self._scan(inner, base, f"{path}/{where}", draft, depth + 1)
 
     def _draft(self, name: str, path: str) -> int:
         known = DRAFTS.get(name.rstrip("#"))

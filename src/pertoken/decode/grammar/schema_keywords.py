@@ -7,17 +7,19 @@ False for those that do not. A keyword about one type lets all values of other t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
 from pertoken.core.errors import BadRequest
-from pertoken.decode.grammar.automaton import ALL, NONE, Automaton, automaton, difference, union, words
+from pertoken.decode.grammar.automaton import ALL, NONE, Automaton, difference, union, words
 from pertoken.decode.grammar.formats import FORMATS
 from pertoken.decode.grammar.json_text import DECIMALS, INTEGERS, NUMBERS, WHOLE, bound, exactly, multiples, spelled
-from pertoken.decode.grammar.regex import Regex, parse, search
+from pertoken.decode.grammar.regex_automaton import automaton
+from pertoken.decode.grammar.regex_reader import parse
+from pertoken.decode.grammar.regex_tree import Regex, search
 from pertoken.decode.grammar.schema_documents import FALSE, Unsupported
-from pertoken.decode.grammar.schema_values import ANYTHING, NOTHING, Items, Members, Names, Text, Values
+from pertoken.decode.grammar.schema_shapes import Items, Members, Names, Text
+from pertoken.decode.grammar.schema_values import ANYTHING, NOTHING, Values, anything
 
 TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
 BOTH = frozenset({True, False})
@@ -25,7 +27,7 @@ BOTH = frozenset({True, False})
 
 def either(sign: bool, matching: dict[str, Any], others: dict[str, Any]) -> Values:
     """Values of one type that match (and all of other types), or those that do not."""
-    return replace(ANYTHING, **matching) if sign else Values(**others)
+    return anything(**matching) if sign else Values(**others)
 
 
 def count(value: Any, where: str) -> int:
@@ -58,9 +60,9 @@ def types(value: Any, where: str, sign: bool) -> Values:
         ("null" in wanted) == sign,
         BOTH if ("boolean" in wanted) == sign else frozenset(),
         numbers,
-        (Text(),) if ("string" in wanted) == sign else (),
-        (Items(),) if ("array" in wanted) == sign else (),
-        (Members(),) if ("object" in wanted) == sign else (),
+        ANYTHING.strings if ("string" in wanted) == sign else (),
+        ANYTHING.arrays if ("array" in wanted) == sign else (),
+        ANYTHING.objects if ("object" in wanted) == sign else (),
     )
 
 
@@ -84,7 +86,7 @@ def scalars(given: Iterable[Any], sign: bool) -> Values:
         for value in numbers:
             found = difference(found, exactly(Decimal(repr(value))))
     others = (Text(),) if strings.empty else (Text(parts=(difference(ALL, strings),)),)
-    return replace(ANYTHING, null=not null, booleans=BOTH - booleans, numbers=found, strings=others)
+    return anything(null=not null, booleans=BOTH - booleans, numbers=found, strings=others)
 
 
 def min_length(value: Any, where: str, sign: bool) -> Values:
@@ -99,7 +101,7 @@ def max_length(value: Any, where: str, sign: bool) -> Values:
 
 def _matching(pattern: Regex, sign: bool) -> Values:
     if sign:
-        return replace(ANYTHING, strings=(Text(parts=(pattern,)),))
+        return anything(strings=(Text(parts=(pattern,)),))
     return Values(strings=(Text(parts=(difference(ALL, automaton(pattern)),)),))
 
 
@@ -127,7 +129,7 @@ def _bound(above: bool, inclusive: bool) -> Callable[[Any, str, bool], Values]:
     def bounded(value: Any, where: str, sign: bool) -> Values:
         limit = number(value, where)
         if sign:
-            return replace(ANYTHING, numbers=bound(limit, above, inclusive))
+            return anything(numbers=bound(limit, above, inclusive))
         return Values(numbers=bound(limit, not above, not inclusive))
 
     return bounded
@@ -141,7 +143,7 @@ def multiple_of(value: Any, where: str, sign: bool) -> Values:
         found = multiples(divisor)
     except BadRequest as error:
         raise Unsupported("multipleOf", where, str(error)) from error
-    return replace(ANYTHING, numbers=found) if sign else Values(numbers=difference(DECIMALS, found))
+    return anything(numbers=found) if sign else Values(numbers=difference(DECIMALS, found))
 
 
 def min_items(value: Any, where: str, sign: bool) -> Values:
@@ -159,7 +161,7 @@ def unique_items(value: Any, where: str, sign: bool) -> Values:
         return ANYTHING if sign else NOTHING
     if not sign:
         raise Unsupported("uniqueItems", where, "it cannot be negated")
-    return replace(ANYTHING, arrays=(Items(unique=True),))
+    return anything(arrays=(Items(unique=True),))
 
 
 def without(name: str) -> Members:

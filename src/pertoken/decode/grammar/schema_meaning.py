@@ -8,26 +8,16 @@ shapes have `seen`; where it does, the alternatives of `anyOf` are taken in ever
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import replace
-from itertools import combinations
 from typing import Any
 
 from pertoken.core.errors import BadRequest
 from pertoken.decode.grammar.schema_applicators import APPLICATORS, opposite
 from pertoken.decode.grammar.schema_documents import KNOWN, TRUE, Conj, Documents, Unsupported
-from pertoken.decode.grammar.schema_keywords import PLAIN, scalars
-from pertoken.decode.grammar.schema_values import (
-    ANYTHING,
-    EVERY,
-    EVERY_NAME,
-    NOTHING,
-    Values,
-    any_of,
-    barred,
-)
-
-MOST_COMBINED = 6
+from pertoken.decode.grammar.schema_keywords import PLAIN
+from pertoken.decode.grammar.schema_logic import LOGIC
+from pertoken.decode.grammar.schema_shapes import EVERY, EVERY_NAME
+from pertoken.decode.grammar.schema_values import ANYTHING, NOTHING, Values, any_of, barred
 
 
 class Meaning:
@@ -45,7 +35,7 @@ class Meaning:
             return NOTHING
         found = ANYTHING
         for number, sign in sorted(conj):
-            found = found.meet(self._schema(number, sign, track))
+            found = found.meet(self.schema(number, sign, track))
         return found
 
     def signed(self, schema: Any, near: int, sign: bool, track: bool = False) -> Values:
@@ -55,9 +45,10 @@ class Meaning:
 
     def empty(self, conj: Conj, depth: int = 3) -> bool:
         """Whether schemas provably allow nothing; looks only so deep into values."""
-        return barred(conj) or void(self, self.of(conj), depth)
+        return barred(conj) or self.void(self.of(conj), depth)
 
-    def _schema(self, number: int, sign: bool, track: bool) -> Values:
+    def schema(self, number: int, sign: bool, track: bool) -> Values:
+        """Values that match a schema, given by its number, or do not."""
         key = (number, sign, track)
         if key not in self.known:
             if key in self.working:
@@ -127,133 +118,23 @@ class Meaning:
             values = replace(values, objects=tuple(objects))
         return values
 
-    def reference(self, number: int, schema: dict[str, Any], sign: bool, track: bool) -> Values:
-        conj = self.documents.resolve(number, schema["$ref"], "$ref")
-        return self.of(conj if sign else opposite(conj), track)
-
-    def dynamic(self, number: int, schema: dict[str, Any], sign: bool, track: bool) -> Values:
-        name = schema["$dynamicRef"].partition("#")[2]
-        if len(self.documents.dynamic.get(name, ())) > 1:
-            raise Unsupported("$dynamicRef", self.documents.paths[number], f"several schemas are called {name!r}")
-        conj = self.documents.resolve(number, schema["$dynamicRef"], "$dynamicRef")
-        return self.of(conj if sign else opposite(conj), track)
-
-    def enumeration(self, number: int, schema: dict[str, Any], sign: bool, track: bool) -> Values:
-        given = schema["enum"]
-        if not isinstance(given, list):
-            raise BadRequest(f"{self.documents.paths[number]}/enum: {given!r} is no list of values")
-        return self._constants(number, given, sign)
-
-    def constant(self, number: int, schema: dict[str, Any], sign: bool, track: bool) -> Values:
-        return self._constants(number, [schema["const"]], sign)
-
-    def _constants(self, number: int, given: list[Any], sign: bool) -> Values:
-        """These values, or all others; an array or object is a schema of its own that allows nothing else."""
-        found = scalars((value for value in given if not isinstance(value, (list, dict))), sign)
-        for value in given:
-            if isinstance(value, (list, dict)):
-                if id(value) not in self.made:
-                    self.made[id(value)] = (self.documents.enter(_literal(value), "", "#", 2020), value)
-                part = self._schema(self.made[id(value)][0], sign, False)
-                found = found.join(part) if sign else found.meet(part)
-        return found
-
-    def all_of(self, number: int, schema: dict[str, Any], sign: bool, track: bool) -> Values:
-        parts = [self.signed(inner, number, sign, track) for inner in schema["allOf"]]
-        return _meet(parts) if sign else any_of(parts)
-
-    def some_of(self, number: int, schema: dict[str, Any], sign: bool, track: bool) -> Values:
-        parts = [self.signed(inner, number, sign, track) for inner in schema["anyOf"]]
-        if not sign:
-            return _meet(parts)
-        if not track:
-            return any_of(parts)
-        if len(parts) > MOST_COMBINED:
-            raise Unsupported("anyOf", self.documents.paths[number],
-                              f"beside unevaluated... it may have at most {MOST_COMBINED} alternatives")  # fmt: skip
-        return any_of(_meet(c) for n in range(1, len(parts) + 1) for c in combinations(parts, n))
-
-    def one_of(self, number: int, schema: dict[str, Any], sign: bool, track: bool) -> Values:
-        parts = [self.signed(inner, number, True, track and sign) for inner in schema["oneOf"]]
-        overlapping = [pair for pair in combinations(range(len(parts)), 2)
-                       if not void(self, parts[pair[0]].meet(parts[pair[1]]), 3)]  # fmt: skip
-        if not sign:
-            none = _meet(self.signed(inner, number, False) for inner in schema["oneOf"])
-            return none.join(any_of(parts[i].meet(parts[j]) for i, j in overlapping))
-        found = []
-        for i, part in enumerate(parts):
-            others = [schema["oneOf"][a + b - i] for a, b in overlapping if i in (a, b)]
-            try:
-                found.append(_meet([part, *(self.signed(other, number, False) for other in others)]))
-            except Unsupported as error:
-                raise Unsupported(
-                    "oneOf",
-                    self.documents.paths[number],
-                    "alternatives overlap, and what matches only "
-                    f"one of them cannot be told ({error.keyword} would have to be negated)",
-                ) from error
-        return any_of(found)
-
-    def negation(self, number: int, schema: dict[str, Any], sign: bool, track: bool) -> Values:
-        return self.signed(schema["not"], number, not sign)
-
-    def condition(self, number: int, schema: dict[str, Any], sign: bool, track: bool) -> Values:
-        holds = self.signed(schema["if"], number, True, track)
-        then = self.signed(schema.get("then", True), number, sign, track)
-        other = self.signed(schema.get("else", True), number, sign, track)
-        if holds == ANYTHING or schema["if"] is True:
-            return then
-        if other == NOTHING and then == NOTHING:
-            return NOTHING
-        if other == ANYTHING and then == ANYTHING and not track:
-            return ANYTHING
-        return holds.meet(then).join(self.signed(schema["if"], number, False).meet(other))
-
-
-def _meet(sets: Iterable[Values]) -> Values:
-    found = ANYTHING
-    for values in sets:
-        found = found.meet(values)
-    return found
-
-
-def _literal(value: Any) -> dict[str, Any]:
-    """A schema of exactly this array or object."""
-    if isinstance(value, list):
-        return {"type": "array", "prefixItems": [{"const": item} for item in value], "minItems": len(value),
-                "maxItems": len(value)}  # fmt: skip
-    return {"type": "object", "properties": {name: {"const": item} for name, item in value.items()},
-            "required": list(value), "additionalProperties": False}  # fmt: skip
-
-
-def void(meaning: Meaning, values: Values, depth: int) -> bool:
-    """Whether a set of values is provably empty."""
-    if values.null or values.booleans or not values.numbers.empty:
-        return False
-    if not all(text.parts and text.automaton.empty for text in values.strings):
-        return False
-    if depth == 0:
-        return not values.arrays and not values.objects
-    for items in values.arrays:
-        if not any(meaning.empty(items.at(i), depth - 1) for i in range(min(items.least, len(items.prefix) + 1))):
+    def void(self, values: Values, depth: int) -> bool:
+        """Whether a set of values is provably empty."""
+        if values.null or values.booleans or not values.numbers.empty:
             return False
-    for members in values.objects:
-        if not any(meaning.empty(members.of(name), depth - 1) for name in members.order if name in members.required):
+        if not all(text.empty for text in values.strings):
             return False
-    return True
+        if depth == 0:
+            return not values.arrays and not values.objects
+        for items in values.arrays:
+            if not any(self.empty(items.at(i), depth - 1) for i in range(min(items.least, len(items.prefix) + 1))):
+                return False
+        for members in values.objects:
+            if not any(self.empty(members.of(name), depth - 1) for name in members.order if name in members.required):
+                return False
+        return True
 
 
 NEWER = {"prefixItems", "dependentRequired", "dependentSchemas", "$dynamicRef", "minContains", "maxContains"}
 OLDER = {"additionalItems"}
-INSIDE: dict[str, Callable[[Meaning, int, dict[str, Any], bool, bool], Values]] = {
-    "$ref": Meaning.reference,
-    "$dynamicRef": Meaning.dynamic,
-    "enum": Meaning.enumeration,
-    "const": Meaning.constant,
-    "allOf": Meaning.all_of,
-    "anyOf": Meaning.some_of,
-    "oneOf": Meaning.one_of,
-    "not": Meaning.negation,
-    "if": Meaning.condition,
-    **APPLICATORS,
-}
+INSIDE = LOGIC | APPLICATORS

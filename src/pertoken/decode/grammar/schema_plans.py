@@ -15,7 +15,8 @@ from pertoken.decode.grammar.ir import Lit, Node, seq
 from pertoken.decode.grammar.schema_applicators import opposite
 from pertoken.decode.grammar.schema_documents import TRUE, Conj, Unsupported
 from pertoken.decode.grammar.schema_meaning import Meaning
-from pertoken.decode.grammar.schema_values import Items, Members, Names, barred
+from pertoken.decode.grammar.schema_shapes import Items, Members, Names
+from pertoken.decode.grammar.schema_values import barred
 
 MOST_STATES = 4096
 COMMA, COLON = Lit(b","), Lit(b":")

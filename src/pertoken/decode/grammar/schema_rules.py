@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any
 
 from pertoken.core.errors import BadRequest
 from pertoken.decode.grammar.automaton import Automaton
 from pertoken.decode.grammar.ir import EMPTY, Graph, Lit, Node, Ref, Repeat, alt, byte_set, literals, seq
 from pertoken.decode.grammar.json_text import any_string, quoted, written
 from pertoken.decode.grammar.nfa import reached
-from pertoken.decode.grammar.regex import Cat, Chars, Times, anchored, node_of
+from pertoken.decode.grammar.regex import node_of
+from pertoken.decode.grammar.regex_tree import Cat, Chars, Times, anchored
 from pertoken.decode.grammar.schema_documents import Conj
 from pertoken.decode.grammar.schema_meaning import Meaning
 from pertoken.decode.grammar.schema_plans import Plan, array, members
-from pertoken.decode.grammar.schema_values import EVERY_NAME, Names, Text, Values
+from pertoken.decode.grammar.schema_shapes import EVERY_NAME, Names, Text
+from pertoken.decode.grammar.schema_values import Values
 from pertoken.decode.grammar.unicode import characters
 
-STRING = "json string"
 NOTHING_SAID = Cat(())
 MOST_RULES = 20_000
 BLANKS = 32  # in a row, where blanks are allowed
 
 
 class Rules:
-    """rules: grammar rules of a schema and all it needs; keys: those that any other schema has too."""
+    """rules: grammar rules of a schema and all it needs."""
 
     def __init__(self, meaning: Meaning, blanks: bool):
         self.meaning = meaning
         self.rules: dict[str, Node] = {}
-        self.keys: dict[str, str] = {}
+        self.scalars: dict[Text | Names | Automaton, Node] = {}
+        self.known: list[str] = []
         self.gap: Node = Repeat(byte_set(b" \t\r\n"), 0, BLANKS) if blanks else Lit(b"")
         self.comma, self.colon = seq(self.gap, Lit(b","), self.gap), seq(self.gap, Lit(b":"), self.gap)
         self.plans: dict[Conj, list[tuple[bool, Plan]]] = {}
@@ -118,38 +122,65 @@ class Rules:
             if value in values.booleans:
                 yield Lit(text)
         if not values.numbers.empty:
-            yield values.numbers.node(characters)
+            yield self._number(values.numbers)
         for text in values.strings:
             node = self._string(text)
             if node != EMPTY:
                 yield node
 
+    def _number(self, numbers: Automaton) -> Node:
+        return number_node(numbers) if numbers.listed is not None else self._rule(numbers, number_node)
+
     def _string(self, text: Text) -> Node:
-        if not text.parts:
-            bounded = text.least > 0 or text.most is not None
-            name = f"{STRING} {text.least} {text.most}" if bounded else STRING
-            if name not in self.rules:
-                self.rules[name] = any_string(text.least, text.most)
-                self.keys[name] = name
-            return Ref(name)
-        part, free = text.parts[0], text.least == 0 and text.most is None
-        if isinstance(part, Automaton):
-            if len(text.parts) == 1 and free and part.listed is not None:
+        """A few words stand where they are used, any other set of strings is a rule of its own: what its positions do
+        to a vocabulary is then known for all schemas that have it."""
+        if len(text.parts) == 1 and text.least == 0 and text.most is None:
+            (part,) = text.parts
+            if isinstance(part, Automaton) and part.listed is not None:
                 return literals(json.dumps(word, ensure_ascii=False).encode() for word in part.listed)
-        elif len(text.parts) == 1:
-            if free and not anchored(part):
-                return quoted(node_of(part, written))
-            if isinstance(part, Cat) and len(part.items) == 3 and part.items[0] == part.items[2] == NOTHING_SAID:
-                inner = part.items[1]
-                if isinstance(inner, Times) and isinstance(inner.item, Chars):
-                    least = max(inner.least, text.least)
-                    most = min((n for n in (inner.most, text.most) if n is not None), default=None)
-                    ends = most is None or least <= most
-                    return quoted(Repeat(written(inner.item.ranges), least, most)) if ends else EMPTY
-        return quoted(text.automaton.node(written))
+        return self._rule(text, string_node)
 
     def _key(self, names: Names) -> Node:
         """A member's name out of a set, in quotes."""
-        if names == EVERY_NAME:
-            return self._string(Text())
-        return quoted(names.automaton.node(written))
+        return self._string(Text()) if names == EVERY_NAME else self._rule(names, name_node)
+
+    def _rule(self, texts: Text | Names | Automaton, make: Callable[[Any], Node]) -> Node:
+        """A call of the rule of these texts; `EMPTY` if there are none."""
+        if texts not in self.scalars:
+            name, node = f"scalar {len(self.scalars)}", make(texts)
+            self.scalars[texts] = EMPTY if node == EMPTY else Ref(name)
+            self.rules[name] = node
+            self.known.append(name)
+        return self.scalars[texts]
+
+
+@lru_cache(maxsize=1024)
+def string_node(text: Text) -> Node:
+    """Strings, in quotes."""
+    if not text.parts:
+        return any_string(text.least, text.most)
+    part, free = text.parts[0], text.least == 0 and text.most is None
+    if len(text.parts) == 1 and not isinstance(part, Automaton):
+        if free and not anchored(part):
+            return quoted(node_of(part, written))
+        if isinstance(part, Cat) and len(part.items) == 3 and part.items[0] == part.items[2] == NOTHING_SAID:
+            inner = part.items[1]
+            if isinstance(inner, Times) and isinstance(inner.item, Chars):
+                least = max(inner.least, text.least)
+                most = min((n for n in (inner.most, text.most) if n is not None), default=None)
+                ends = most is None or least <= most
+                return quoted(Repeat(written(inner.item.ranges), least, most)) if ends else EMPTY
+    return quoted(text.automaton.node(written))
+
+
+@lru_cache(maxsize=1024)
+def number_node(numbers: Automaton) -> Node:
+    if numbers.listed is not None:
+        return literals(text.encode() for text in numbers.listed)
+    return numbers.node(characters)
+
+
+@lru_cache(maxsize=1024)
+def name_node(names: Names) -> Node:
+    """Names of members, in quotes."""
+    return quoted(names.automaton.node(written))

@@ -8,47 +8,58 @@ call goes on where the first one stopped.
 Tables (entries of so many ints):
 STATE   4  automaton states: first edge, past the last edge, flags, mark
 EDGE    3  first byte (or kind), last byte (or rule, repetition), target state
-RULE    4  start position (-1: not built yet), start state, rank, 1 if its masks are shared between grammars
-COUNTED 4  repetitions: rule, least, most (-1: no limit), position after them
-PLACE   8  positions = sets of states: first in SET, number, flags, first in CALLS, number (-1: not
-            looked at), mask entry, hash, rule
+RULE    4  start position (-1: not built yet), start state, rank, 1 if it refers to no other rule
+COUNTED 6  repetitions: rule, least, most (-1: no limit), position after them, first in REPEATS (-1), 0 if it has no
+            splits of its own
+PLACE  10  positions = sets of states: first in SET, number, flags, first in CALLS, number (-1: not looked at), split
+            (NO_SPLIT), hash, rule, row in MOVE (NO_ROW; ~byte - 1 if it reads but this byte), position after that byte
 SET     1  states of positions
 MOVE    256  position after a byte; UNKNOWN, or DEAD
 CALLS   2  calls of a position: rule (or ~repetition), position after it
 NODE    4  stack nodes: first in LINK, number, parse after returning from it (UNKNOWN, DEAD), hash
 LINK    3  return position (or ~repetition), parent node, times done
-PARSE   5  parses = sets of (position, stack node): first in ITEM, number, flags, row in NEXT (-1), hash
+PARSE   6  parses = sets of (position, stack node): first in ITEM, number, flags, row in NEXT (-1), hash, where its mask
+            is in MASK (NO_MASK)
 ITEM    2  position, node
 NEXT    256  parse after a byte
-ENTRY   4  masks of positions: first in TOKENS (or ~slot of a bitmask), number, first in EXITS, number
+SPLIT   1  splits of positions, see `splits`
+MASK    1  finished masks
+REPEATS 3  splits of repetitions: position, split, next of the same repetition (-1)
+
+The hash tables hold numbers plus one.
 """
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 from pertoken.core.errors import BadRequest
+from pertoken.decode.grammar.compiled import kernel
 
-(STATE, EDGE, RULE, COUNTED, PLACE, SET, MOVE, CALLS, NODE, LINK, PARSE, ITEM, NEXT, ENTRY, TOKENS, EXITS) = range(16)
+(STATE, EDGE, RULE, COUNTED, PLACE, SET, MOVE, CALLS, NODE, LINK, PARSE, ITEM, NEXT, SPLIT, MASK, REPEATS) = range(16)
 (PLACE_HASH, NODE_HASH, PARSE_HASH, WORK, FOUND, COLLECTED, PENDING, SEEN, PATH) = range(16, 25)
 TABLES = 25
 CAPACITY, USED, HEAD = 32, 64, 112
-REASON, DETAIL, MARKS, STAMP, ITEMS, CALLED, SLOTS = range(96, 103)
+REASON, DETAIL, ABOUT, MARKS, STAMP, ITEMS, CALLED, LEFT = range(96, 104)
 
-WIDTH = {STATE: 4, EDGE: 3, RULE: 4, COUNTED: 4, PLACE: 8, MOVE: 256, CALLS: 2, NODE: 4, LINK: 3, PARSE: 5, ITEM: 2}
-WIDTH |= {NEXT: 256, ENTRY: 4, PENDING: 5, COLLECTED: 2, SEEN: 2}
+WIDTH = {STATE: 4, EDGE: 3, RULE: 4, COUNTED: 6, PLACE: 10, MOVE: 256, CALLS: 2, NODE: 4, LINK: 3, PARSE: 6, ITEM: 2}
+WIDTH |= {NEXT: 256, REPEATS: 3, PENDING: 5, COLLECTED: 2, SEEN: 2}
 MOST_ITEMS = 512  # a parse of more alternatives than this is given up
-STARTS = {STATE: 256, EDGE: 512, RULE: 64, COUNTED: 16, PLACE: 128, SET: 1024, MOVE: 128, CALLS: 256, NODE: 256}
-STARTS |= {LINK: 512, PARSE: 512, ITEM: 1024, NEXT: 128, ENTRY: 64, TOKENS: 4096, EXITS: 1024, PLACE_HASH: 512}
-STARTS |= {NODE_HASH: 1024, PARSE_HASH: 2048, WORK: 1024, FOUND: 1024, PENDING: 512, PATH: 512}
+STARTS = {STATE: 1024, EDGE: 2048, RULE: 128, COUNTED: 32, PLACE: 512, SET: 1024, MOVE: 64, CALLS: 256, NODE: 512}
+STARTS |= {LINK: 1024, PARSE: 512, ITEM: 1024, NEXT: 64, SPLIT: 4096, MASK: 4096, REPEATS: 16, PLACE_HASH: 1024}
+STARTS |= {NODE_HASH: 1024, PARSE_HASH: 1024, WORK: 4096, FOUND: 2048, PENDING: 512, PATH: 1024}
 STARTS |= {COLLECTED: MOST_ITEMS, SEEN: 4 * MOST_ITEMS}
 HASHED = {PLACE: PLACE_HASH, NODE: NODE_HASH, PARSE: PARSE_HASH}
+HASHES = {PLACE: 6, NODE: 3, PARSE: 4}  # where in an entry its hash is
 
 FAILED, DEAD, UNKNOWN = -9, -1, -2
-NEEDS_RULE, AMBIGUOUS, NEEDS_ENTRY, NEEDS_SLOT = 100, 101, 102, 103
+NEEDS_RULE, AMBIGUOUS, NEEDS_SPLIT, NEEDS_REPEAT = 100, 101, 102, 103
 FINAL, READS, CALLING = 1, 2, 4  # flags of states and positions
 ENDS, LEAVES = 1, 2  # flags of parses: the sentence may end here; a parse from the inside of a rule may have left it
 INSIDE, ROOT = 0, 1  # stack nodes: below a parse that knows only its rule; below the root rule
+NO_ROW, NO_SPLIT, NO_MASK = -1, -1, -1
 MOST_ROWS = 8192  # rows of NEXT; then all are forgotten
 
 
@@ -57,12 +68,11 @@ class Tables:
 
     def __init__(self, limit: int = 1 << 28):
         self.limit = limit
-        self.block = np.zeros(HEAD, dtype=np.int32)
-        self._lay_out(dict(STARTS))
-        for table in (PLACE_HASH, NODE_HASH, PARSE_HASH):
-            self.view(table)[:] = -1
-        self.block[USED + NODE] = 2  # INSIDE, ROOT: no links, nothing to return to
-        self.view(NODE)[:8] = [0, 0, DEAD, 0] * 2
+        size, head = _empty()
+        self._refuse_above(size)
+        self.block = np.zeros(size, np.int32)
+        self.block[: len(head)] = head
+        self.address = self.block.ctypes.data
 
     def view(self, table: int) -> np.ndarray:
         """The whole table, flat."""
@@ -75,55 +85,87 @@ class Tables:
     def append(self, table: int, entries: np.ndarray) -> int:
         """Add entries `[entry, width]` and return the number of the first."""
         first = self.used(table)
-        while first + len(entries) > self.block[CAPACITY + table]:
-            self.grow(table)
-        width = WIDTH.get(table, 1)
-        self.view(table)[first * width : (first + len(entries)) * width] = entries.reshape(-1)
+        self.hold(table, first + len(entries))
+        start = int(self.block[table]) + first * WIDTH.get(table, 1)
+        self.block[start : start + entries.size] = entries.reshape(-1)
         self.block[USED + table] += len(entries)
         return first
 
-    def grow(self, table: int, least: int = 0) -> None:
-        """Make a table twice as large (or hold `least` entries)."""
-        sizes = {t: int(self.block[CAPACITY + t]) for t in range(TABLES)}
-        sizes[table] = max(2 * sizes[table], least)
+    def hold(self, table: int, least: int) -> None:
+        """Make a table at least so large."""
+        size = int(self.block[CAPACITY + table])
+        if size < least:
+            while size < least:
+                size *= 2
+            self._resize(table, size)
+
+    def grow(self, table: int) -> None:
+        """Make a table twice as large."""
+        self._resize(table, 2 * int(self.block[CAPACITY + table]))
+
+    def _resize(self, table: int, size: int) -> None:
+        sizes = self.block[CAPACITY : CAPACITY + TABLES].copy()
+        sizes[table] = size
         for source, hashed in HASHED.items():
             while sizes[hashed] < 2 * sizes[source]:
                 sizes[hashed] *= 2
-        self._lay_out(sizes)
+        total = HEAD + int(sizes.astype(np.int64) @ _widths())
+        self._refuse_above(total)
+        old, self.block = self.block, np.zeros(total, np.int32)
+        self.address = self.block.ctypes.data
+        copy_tables(old, self.block, sizes, _widths())
+        for source, hashed in HASHED.items():
+            if sizes[hashed] > old[CAPACITY + hashed]:
+                hashes = self.view(source)[: self.used(source) * WIDTH[source]].reshape(-1, WIDTH[source])
+                refill(self.view(hashed), hashes[:, HASHES[source]], 2 if source == NODE else 0)
 
-    def _lay_out(self, sizes: dict[int, int]) -> None:
-        total = HEAD + sum(size * WIDTH.get(table, 1) for table, size in sizes.items())
-        if total * 4 > self.limit:
+    def _refuse_above(self, size: int) -> None:
+        if size * 4 > self.limit:
             raise BadRequest(
                 f"parsing takes more than {self.limit >> 20} MB: the text is nested too deeply, or the grammar reads "
                 "it in too many ways. Give a less ambiguous grammar, limit the nesting, or raise memory="
             )
-        old, block = self.block, np.zeros(total, dtype=np.int32)
-        block[:HEAD] = old[:HEAD]
-        start = HEAD
-        for table, size in sizes.items():
-            width, before = WIDTH.get(table, 1), int(old[CAPACITY + table])
-            block[table], block[CAPACITY + table] = start, size
-            if table in (PLACE_HASH, NODE_HASH, PARSE_HASH) and before and size > before:
-                block[start : start + size] = -1
-            elif before:
-                block[start : start + before * width] = old[old[table] : old[table] + before * width]
-            start += size * width
-        self.block = block
-        for source, hashed in HASHED.items():
-            if old[CAPACITY + hashed] and old[CAPACITY + hashed] < sizes[hashed]:
-                _rehash(self, source, hashed)
 
     def bytes(self) -> int:
         return self.block.nbytes
 
 
-def _rehash(tables: Tables, source: int, hashed: int) -> None:
-    """Fill an emptied hash table from the hashes that the entries keep."""
-    width, used = WIDTH[source], tables.used(source)
-    column = {PLACE: 6, NODE: 3, PARSE: 4}[source]
-    hashes = tables.view(source)[: used * width].reshape(-1, width)[:, column]
-    from pertoken.decode.grammar.positions import refill
+@cache
+def _empty() -> tuple[int, np.ndarray]:
+    """Size of a new block and how it begins, up to the nodes INSIDE and ROOT: no links, nothing to return to."""
+    head, start = np.zeros(HEAD, np.int32), HEAD
+    for table in (NODE, *(t for t in range(TABLES) if t != NODE)):
+        head[table], head[CAPACITY + table] = start, STARTS[table]
+        start += STARTS[table] * WIDTH.get(table, 1)
+    head[USED + NODE] = 2
+    return start, np.concatenate([head, np.array([0, 0, DEAD, 0] * 2, np.int32)])
 
-    first = {NODE: 2}.get(source, 0)
-    refill(tables.view(hashed), hashes, first)
+
+@cache
+def _widths() -> np.ndarray:
+    return np.array([WIDTH.get(table, 1) for table in range(TABLES)], np.int64)
+
+
+@kernel
+def copy_tables(old, block, sizes, widths):
+    """Copy what is used of all tables into a larger block of tables of these sizes; grown hash tables stay empty."""
+    block[:HEAD] = old[:HEAD]
+    start = HEAD
+    for table in range(TABLES):
+        count = old[USED + table] if table < PLACE_HASH else old[CAPACITY + table]
+        if not PLACE_HASH <= table <= PARSE_HASH or count == sizes[table]:
+            for i in range(count * widths[table]):
+                block[start + i] = old[old[table] + i]
+        block[table], block[CAPACITY + table] = start, sizes[table]
+        start += sizes[table] * widths[table]
+
+
+@kernel
+def refill(table, hashes, first):
+    """Put entries `first`, `first + 1`, ... with these hashes into an emptied table of a power of two."""
+    size = len(table)
+    for number in range(first, len(hashes)):
+        slot = hashes[number] & (size - 1)
+        while table[slot] > 0:
+            slot = (slot + 1) & (size - 1)
+        table[slot] = number + 1

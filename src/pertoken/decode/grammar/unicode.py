@@ -50,6 +50,16 @@ def intersect(one: Iterable[tuple[int, int]], other: Iterable[tuple[int, int]]) 
     return minus(one, complement(tidy(other)))
 
 
+PLAIN: Ranges = ((0x20, 0x21), (0x23, 0x5B), (0x5D, 0x7F))  # one byte, and JSON writes them as they are
+NOT_PLAIN = complement(PLAIN)
+
+
+@lru_cache(maxsize=4096)
+def parted(ranges: Ranges) -> tuple[Ranges, Ranges]:
+    """The characters of a set in `PLAIN`, and the others."""
+    return minus(ranges, NOT_PLAIN), minus(ranges, PLAIN)
+
+
 def _span(low: int, high: int) -> Set:
     return Set((1 << (high + 1)) - (1 << low))
 

@@ -1,8 +1,7 @@
-"""A vocabulary as bytes: what each token id spells, as a sorted trie in flat arrays.
+"""A vocabulary as bytes: what each token id spells, with its trie (see `trie`).
 
-The trie lies in depth-first order: node i has a byte, a depth (1 for first bytes), the number of the node after its
-subtree, and the token that ends there. Ids that spell nothing (special tokens, padding of the model's head) are never
-allowed by a grammar; the ids that end a text are allowed where a sentence may end.
+Ids that spell nothing (special tokens, padding of the model's head) are never allowed by a grammar; the ids that end a
+text are allowed where a sentence may end.
 """
 
 from __future__ import annotations
@@ -11,12 +10,17 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from pertoken.core.errors import BadRequest
+from pertoken.decode.grammar.trie import ROOM_SHARED, SHARED, USED_SHARED, lay_out
 
 MOST_BYTES = 4096
+MOST_SHARED = 1 << 24  # int32 of splits that grammars have in common
+MOST_SIZE = 1 << 22
+KNOWN: WeakKeyDictionary[Any, dict[Any, Vocabulary]] = WeakKeyDictionary()  # by tokenizer
 
 
 @dataclass(eq=False)
@@ -24,14 +28,14 @@ class Vocabulary:
     """tokens: what each id spells (None or empty: nothing); ends: ids that end a text; size: of the model's head, at
     least as many as tokens; encode: text -> ids in the tokenizer's own (canonical) way, for forced text.
 
-    shared: masks that several grammars have in common, see `engine`.
+    shared: splits that several grammars have in common, by what they are of; see `sharing`.
     """
 
     tokens: Sequence[bytes | None]
     ends: tuple[int, ...] = ()
     size: int = 0
     encode: Callable[[str], list[int]] | None = None
-    shared: dict[Any, Any] = field(default_factory=dict, repr=False)
+    shared: dict[bytes, int] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.size = self.size or len(self.tokens)
@@ -39,6 +43,8 @@ class Vocabulary:
             raise BadRequest(
                 f"size={self.size} is less than the {len(self.tokens)} tokens given; give the width of the logits"
             )
+        if self.size > MOST_SIZE:
+            raise BadRequest(f"size={self.size} is too large; vocabularies of up to {MOST_SIZE} tokens are supported")
         bad = [end for end in self.ends if not 0 <= end < self.size]
         if bad:
             raise BadRequest(
@@ -54,30 +60,24 @@ class Vocabulary:
         spelled.sort()
         self.longest = longest
         self.words = (self.size + 31) // 32
-        self._lay_out(spelled)
+        self.block = lay_out(spelled, self.size, self.ends)
+        self.address = self.block.ctypes.data
 
-    def _lay_out(self, spelled: list[tuple[bytes, int]]) -> None:
-        """The trie; for each id the next one with the same bytes, or -1; where each id's bytes begin; all bytes."""
-        from pertoken.decode.grammar.masks import build_trie
-
-        data = b"".join(b for b, _ in spelled)
-        lengths = np.fromiter((len(b) for b, _ in spelled), np.int32, len(spelled))
-        ids = np.fromiter((i for _, i in spelled), np.int32, len(spelled))
-        flat = np.frombuffer(data, np.uint8)
-        nodes = np.zeros((3, len(flat)), np.int32)
-        same = np.full(self.size, -1, np.int32)
-        count = build_trie(flat, lengths, ids, nodes, same)
-        start = np.zeros(self.size + 1, np.int32)
-        start[ids + 1] = lengths
-        start = np.cumsum(start, dtype=np.int32)
-        text = np.frombuffer(b"".join((self.tokens[i] or b"") for i in sorted(ids.tolist())), np.uint8)
-        sizes = [count, count, count, self.size, self.size + 1, len(text)]
-        offsets = np.cumsum([8, *sizes[:-1]]).tolist()
-        parts = [nodes[0, :count], nodes[1, :count], nodes[2, :count], same, start, text]
-        self.block = np.zeros(8 + sum(sizes), np.int32)
-        self.block[:6], self.block[6], self.block[7] = offsets, count, self.size
-        for offset, part in zip(offsets, parts, strict=True):
-            self.block[offset : offset + len(part)] = part
+    def share(self, key: bytes, record: np.ndarray) -> int | None:
+        """Keep a split for all grammars under a key; its number, or None if there are too many already."""
+        used, room = int(self.block[USED_SHARED]), int(self.block[ROOM_SHARED])
+        if used + len(record) > MOST_SHARED:
+            return None
+        if used + len(record) > room:
+            more = max(room, len(record), 1 << 16)
+            self.block = np.concatenate([self.block, np.zeros(more, np.int32)])
+            self.address = self.block.ctypes.data
+            self.block[ROOM_SHARED] = room + more
+        start = int(self.block[SHARED]) + used
+        self.block[start : start + len(record)] = record
+        self.block[USED_SHARED] += len(record)
+        self.shared[key] = -2 - used
+        return -2 - used
 
     def spells(self, token: int) -> bytes:
         """Bytes of an id; empty for special ones."""
@@ -87,13 +87,28 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: Any, size: int | None = None, ends: Sequence[int] | None = None) -> Vocabulary:
-        """Of a fast tokenizer of transformers (or tokenizers). size: width of the model's logits, if it is padded."""
+        """Of a fast tokenizer of transformers (or tokenizers). size: width of the model's logits, if it is padded. The
+        same tokenizer gives the same object again, with all that is known of its splits."""
         inner = getattr(tokenizer, "backend_tokenizer", tokenizer)
         if not hasattr(inner, "to_str"):
             raise BadRequest(
                 f"{type(tokenizer).__name__} does not say what its tokens spell; give a fast tokenizer (use_fast=True) "
                 "or build Vocabulary(tokens=...) from the bytes of each id"
             )
+        if ends is None:
+            end = getattr(tokenizer, "eos_token_id", None)
+            ends = () if end is None else (int(end),)
+        key = (inner.get_vocab_size(with_added_tokens=True), size, tuple(ends))
+        try:
+            known = KNOWN.setdefault(tokenizer, {})
+        except TypeError:  # no weak reference to this kind of object
+            known = {}
+        if key not in known:
+            known[key] = cls._read(inner, size, key[2])
+        return known[key]
+
+    @classmethod
+    def _read(cls, inner: Any, size: int | None, ends: tuple[int, ...]) -> Vocabulary:
         state = json.loads(inner.to_str())
         table: dict[str, int] = inner.get_vocab(with_added_tokens=True)
         spell = _spelling(state)
@@ -103,14 +118,11 @@ class Vocabulary:
         for token, number in table.items():
             if number not in special:
                 tokens[number] = added[number].encode() if number in added else spell(token)
-        if ends is None:
-            end = getattr(tokenizer, "eos_token_id", None)
-            ends = () if end is None else (int(end),)
 
         def encode(text: str) -> list[int]:
             return list(inner.encode(text, add_special_tokens=False).ids)
 
-        return cls(tokens, tuple(ends), max(size or 0, len(tokens)), encode)
+        return cls(tokens, ends, max(size or 0, len(tokens)), encode)
 
 
 def _parts(state: dict[str, Any] | None) -> list[dict[str, Any]]:
