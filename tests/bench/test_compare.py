@@ -7,7 +7,7 @@ from pertoken.bench import compare as module
 from pertoken.bench import sides
 from pertoken.bench.compare import Options, compare
 from pertoken.bench.settings import Config
-from pertoken.bench.sides import Given, default_controller, default_drafts, default_filter, make_side
+from pertoken.bench.sides import Given, default_beside, default_drafts, default_filter, make_side
 from pertoken.bench.texts import Example, agreement, pieces, read_examples, read_prompts
 from pertoken.core import card
 from pertoken.core.budget import Budget
@@ -194,13 +194,15 @@ def test_a_diffusion_draft_may_have_a_mask_of_its_own(decoders, monkeypatch):
         compare(["right"], "toy", "masked", ["x"], small())
 
 
-def test_the_zoo_has_a_controller_for_exits():
-    assert default_controller("zoo:code-target", ["stop_exit"]) == "zoo:code-stop"
-    assert default_controller("zoo:code-target", ["skipdecode"]) is None
-    assert default_controller("somewhere", ["stop_exit"]) is None
+def test_the_zoo_has_what_was_trained_beside_a_model():
     load_methods()
-    side = make_side("stop_exit", "causal", Given(controller="zoo:code-stop"))
-    assert side.alone.classifier is not None
+    assert default_beside("zoo:code-target", ["stop_exit", "generate"]) == {"controller": "zoo:code-stop"}
+    assert default_beside("zoo:code-target", ["full+duo_llm"]) == {"modules": "zoo:code-duo"}
+    assert default_beside("zoo:code-draft", ["duo_llm", "stop_exit"]) == {}
+    assert default_beside("zoo:code-target", ["skipdecode"]) == default_beside("somewhere", ["stop_exit"]) == {}
+    given = Given(beside=default_beside("zoo:code-target", ["stop_exit", "random_modules"]))
+    assert make_side("stop_exit", "causal", given).alone.classifier is not None
+    assert make_side("random_modules", "causal", given).alone.duo.layers == 12
 
 
 def test_what_policies_decide_is_recorded(kinds):

@@ -29,7 +29,7 @@ from pertoken.bench.sides import (
     Side,
     check_kind,
     default_baseline,
-    default_controller,
+    default_beside,
     default_drafts,
     default_filter,
     make_side,
@@ -191,8 +191,8 @@ def set_up(
         raise ValueError(f"block and steps are settings of a canvas; {model_name} is {ARTICLE[kind]} {kind} model")
     every = [*wanted, *asked]
     drafts, draft_names = _drafts(every, model_name, draft_name, tokenizer, options)
-    controller = default_controller(model_name, every)
-    given = Given(drafts, tokenizer, options.filter, controller, options.language, options.block, options.steps)
+    beside = default_beside(model_name, every)
+    given = Given(drafts, tokenizer, options.filter, beside, options.language, options.block, options.steps)
     engine = _engine(asked, kind, model, tokenizer, options, status)
     if engine is not None and kind == "diffusion":
         from pertoken.decode.grammar.moves import Moves

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import Any
 
 from pertoken.core.card import Card, card, cards
 from pertoken.models.kind import DRAFTS, KINDS, draft_kind, kind_needed
@@ -39,13 +40,14 @@ class Side:
 
 @dataclass(frozen=True)
 class Given:
-    """What methods may need or take: draft models by kind; the tokenizer; a filter's path; a controller's; the language
-    of what is written; block and steps of a canvas, None for their own; constraint: what a canvas must be."""
+    """What methods may need or take: draft models by kind; the tokenizer; a filter's path; what was trained beside the
+    model, by the setting that takes it; the language of what is written; block and steps of a canvas, None for their
+    own; constraint: what a canvas must be."""
 
     drafts: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: Any = None
     filter: str | None = None
-    controller: str | None = None
+    beside: Mapping[str, str] = field(default_factory=dict)
     language: str | None = None
     block: int | None = None
     steps: int | None = None
@@ -137,7 +139,7 @@ def make_side(name: str, kind: str, given: Given) -> Side:
     policies = [one for one in parts if one.shape == "policy"]
     if len(policies) == len(parts) == 1:
         policy = make_policy(policies[0], given)
-        if policy.saves == "memory":  # what is evicted is gone for a verifier too
+        if policy.saves != "operations":  # what is evicted is gone for a verifier too; more passes are no cheap draft
             return Side(name, f"{name} under generate", policies=(policy,))
         return Side(name, f"lossless {name}", make_decoder(name, kind, given), alone=policy)
     decoders = "+".join(one.name for one in parts if one.shape == "decoder")
@@ -162,8 +164,8 @@ def told(value: Any) -> str:
 
 def make_policy(one: Card, given: Given, **settings: Any) -> Any:
     """A policy with the parts that there are for the model."""
-    takes = {each.name for each in fields(cast(Any, one.build))} if is_dataclass(one.build) else set()
-    parts = {"controller": given.controller} if "controller" in takes and given.controller is not None else {}
+    takes = inspect.signature(one.build).parameters
+    parts = {name: place for name, place in given.beside.items() if name in takes}
     return one.build(**(parts | settings))
 
 
@@ -205,18 +207,25 @@ def default_drafts(model_name: str, names: list[str]) -> dict[str, str]:
     return {kind: f"zoo:{these[0]}" for kind, these in found.items() if kind in wanted and these}
 
 
-def default_controller(model_name: str, names: list[str]) -> str | None:
-    """For a zoo model and methods that take a controller: the one shipped for it, which adds no heads."""
+def default_beside(model_name: str, names: list[str]) -> dict[str, str]:
+    """For a zoo model and the settings of policies: what is shipped that was trained beside it, the plainest first."""
     own = model_name.removeprefix("zoo:")
-    if own == model_name or "stop_exit" not in {part for name in names for part in name.split("+")}:
-        return None
-    from pertoken.depth.controller import FILE
+    if own == model_name:
+        return {}
     from pertoken.zoo import WEIGHTS
+    from pertoken.zoo.duo import Routing
     from pertoken.zoo.stopping import Stopping
     from pertoken.zoo.tunings import TUNINGS
 
-    mine = [name for name, one in TUNINGS.items() if isinstance(one, Stopping) and one.model == own]
-    return next((f"zoo:{name}" for name in mine if (WEIGHTS / name / FILE).is_file()), None)
+    parts = [one for name in names if name not in (PLAIN, DENSE) for one in parts_of(name) if one.shape == "policy"]
+    takes = {setting for one in parts for setting in inspect.signature(one.build).parameters}
+    found: dict[str, str] = {}
+    for setting, kind in (("controller", Stopping), ("modules", Routing)):
+        mine = [name for name, one in TUNINGS.items() if isinstance(one, kind) and one.model == own]
+        there = [f"zoo:{name}" for name in mine if (WEIGHTS / name / "config.json").is_file()]
+        if setting in takes and there:
+            found[setting] = there[0]
+    return found
 
 
 def default_filter(model_name: str, names: list[str], block: int) -> str | None:
