@@ -142,7 +142,8 @@ class Duo(nn.Module):
         """The margin above which `share` of the tokens and layers chose "big" in training."""
         at = min(max(share, 0.0), 1.0) * SHARES
         low = min(int(at), SHARES - 1)
-        return float(torch.lerp(self.margins[low], self.margins[low + 1], at - low))
+        below, above = self.margins[low : low + 2].tolist()
+        return below + (above - below) * (at - low)
 
     def choose(self, layer: int, states: Tensor, threshold: float = 0.0) -> Tensor:
         """`[...]` of `BIG`, `SMALL`, `SKIP`: big where its margin passes the threshold, else the best of the others."""
