@@ -56,12 +56,14 @@ def made(name: str) -> torch.nn.Module:
     return MODELS[name]().eval()
 
 
-def policies(positions: str = "original"):
-    return {
-        "tokenselect": TokenSelect(**FEW, positions=positions, reuse=0.5),
-        "dhsa": DHSA(**FEW, chunk=3, positions=positions),
-        "dma": DMA(Budget(tokens=5), sinks=2, recent=3, run=4),
-    }
+POLICIES = {
+    "tokenselect": TokenSelect(**FEW, positions="original", reuse=0.5),
+    "tokenselect, compact": TokenSelect(**FEW, reuse=0.5),
+    "dhsa": DHSA(**FEW, chunk=3),
+    "dhsa, compact": DHSA(**FEW, chunk=3, positions="compact"),
+    "dma": DMA(Budget(tokens=5), sinks=2, recent=3, run=4),
+}
+SERVED = [(family, name) for family in MODELS for name in POLICIES if family != "gpt2" or "compact" not in name]
 
 
 def every_token_chooses(policy):
@@ -78,14 +80,12 @@ def ragged(lengths=(30, 4, 17), seed=0):
 
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
-NAMES = sorted(policies())
 
 
-@pytest.mark.parametrize("family", MODELS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("family", "name"), SERVED)
 def test_a_ragged_batch_in_bf16_is_each_row_alone_and_near_fp32(family, name):
     """To rounding: bf16 keeps 8 bits, and which keys are read may turn on the last of them."""
-    model, policy = made(family), policies()[name]
+    model, policy = made(family), POLICIES[name]
     ids, mask = ragged()
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -102,11 +102,10 @@ def test_a_ragged_batch_in_bf16_is_each_row_alone_and_near_fp32(family, name):
     assert (low - high).norm() / high.norm() < 0.5
 
 
-@pytest.mark.parametrize("family", MODELS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("family", "name"), SERVED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_way_of_generating_runs(family, name, dtype):
-    model, policy = made(family).to(dtype), policies()[name]
+    model, policy = made(family).to(dtype), POLICIES[name]
     ids, mask = ragged((20, 6))
     with attach(model, policy):
         plain = model.generate(ids, attention_mask=mask, **GREEDY)
@@ -122,10 +121,9 @@ def test_every_way_of_generating_runs(family, name, dtype):
             assert torch.equal(chunked, plain[:1])
 
 
-@pytest.mark.parametrize("family", MODELS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("family", "name"), SERVED)
 def test_a_static_cache_is_read_no_further_than_it_is_filled(family, name):
-    model, policy = made(family), every_token_chooses(policies()[name])
+    model, policy = made(family), every_token_chooses(POLICIES[name])
     ids, mask = ragged((20, 6))
     with attach(model, policy):
         plain = model.generate(ids, attention_mask=mask, **GREEDY)
@@ -133,10 +131,10 @@ def test_a_static_cache_is_read_no_further_than_it_is_filled(family, name):
         assert torch.equal(model.generate(ids, attention_mask=mask, **static, **GREEDY), plain)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", POLICIES)
 def test_assisted_generation_writes_what_the_policy_writes(name):
     """Queries that are verified together share a run, so that the policy must choose for each: run=1."""
-    model, draft, policy = made("llama"), made("qwen2"), every_token_chooses(replace(policies()[name], run=1))
+    model, draft, policy = made("llama"), made("qwen2"), every_token_chooses(replace(POLICIES[name], run=1))
     ids, _ = ragged((20,))
     with attach(model, policy):
         plain = model.generate(ids, **GREEDY)
@@ -144,18 +142,18 @@ def test_assisted_generation_writes_what_the_policy_writes(name):
         assert torch.equal(model.generate(ids, assistant_model=draft, **GREEDY), plain)
 
 
-@pytest.mark.parametrize("name", ["tokenselect", "dhsa"])
+@pytest.mark.parametrize("name", ["tokenselect, compact", "dhsa, compact"])
 def test_positions_that_are_learned_cannot_be_compacted(name):
     model = made("gpt2")
     before = fingerprint(model)
-    with pytest.raises(BadRequest, match="learned positions"), attach(model, policies("compact")[name]):
+    with pytest.raises(BadRequest, match="learned positions"), attach(model, POLICIES[name]):
         pass
     assert fingerprint(model) == before
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", POLICIES)
 def test_models_that_cannot_be_served_are_refused(name):
-    policy = policies()[name]
+    policy = POLICIES[name]
     torch.manual_seed(0)
     opt = OPTForCausalLM(
         OPTConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, ffn_dim=48, num_attention_heads=4,
@@ -168,33 +166,33 @@ def test_models_that_cannot_be_served_are_refused(name):
         pass
 
 
-@pytest.mark.parametrize("positions", ["original", "compact"])
-@pytest.mark.parametrize("name", NAMES)
-def test_a_budget_of_nothing_reads_what_is_always_read(name, positions):
+def test_a_trained_mask_keeps_the_positions_of_its_training():
+    with pytest.raises(BadRequest, match="trained with the positions of the text"):
+        replace(POLICIES["dma"], positions="compact")
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_budget_of_nothing_reads_what_is_always_read(name):
     """Sinks, the last keys and a token itself; with neither, each token reads itself alone."""
     model, (ids, mask) = made("llama"), ragged()
-    if name == "dma" and positions == "compact":
-        with pytest.raises(BadRequest, match="trained with the positions of the text"):
-            replace(policies()[name], positions=positions)
-        return
     for sinks, recent in ((2, 3), (0, 0)):
-        policy = replace(policies(positions)[name], budget=Budget(tokens=0), sinks=sinks, recent=recent, run=1)
+        policy = replace(POLICIES[name], budget=Budget(tokens=0), sinks=sinks, recent=recent, run=1)
         with attach(model, policy):
             out = model.generate(ids, attention_mask=mask, **GREEDY)
         assert out.shape == (3, 38)
-    if positions == "original":
+    if "compact" not in name:
         with torch.inference_mode(), attach(model, policy):
             cut = model(ids[:1]).logits[:, -1]
             places = torch.tensor([[29]])
             assert torch.allclose(model(ids[:1, -1:], position_ids=places).logits[:, -1], cut, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", POLICIES)
 def test_budgets_and_sinks_beyond_the_context_are_dense_attention(name):
     model, (ids, mask) = made("llama"), ragged()
     dense = model.generate(ids, attention_mask=mask, **GREEDY)
     for change in ({"budget": Budget(tokens=10**6)}, {"sinks": 10**6}, {"recent": 10**6}, {"run": 10**6}):
-        policy = replace(policies()[name], **change)
+        policy = replace(POLICIES[name], **change)
         with attach(model, policy):
             out = model.generate(ids, attention_mask=mask, **GREEDY)
         assert torch.equal(out, dense) or "run" in change, change
@@ -206,10 +204,10 @@ def test_a_budget_that_holds_the_sinks_too_must_be_larger_than_they():
             made_with()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", POLICIES)
 def test_one_token_and_no_generated_one(name):
     model = made("llama")
-    with attach(model, policies()[name]):
+    with attach(model, POLICIES[name]):
         assert model.generate(torch.tensor([[5]]), max_new_tokens=1, do_sample=False).shape == (1, 2)
         cache = DynamicCache()
         with torch.inference_mode():
@@ -218,22 +216,22 @@ def test_one_token_and_no_generated_one(name):
         assert out.logits.isfinite().all() and cache.get_seq_length() == 14
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", POLICIES)
 def test_under_eager_attention_it_is_what_it_is_under_sdpa(name):
     model, (ids, mask) = made("llama"), ragged()
     found = []
     for kind in ("sdpa", "eager"):
         model.set_attn_implementation(kind)
-        with attach(model, policies()[name]):
+        with attach(model, POLICIES[name]):
             found.append(model.generate(ids, attention_mask=mask, **GREEDY))
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", POLICIES)
 def test_masks_that_are_no_padding(name):
     """A mask of each query and key is followed. The means of chunks do not know it, so that DHSA reads everything."""
-    model, policy = made("llama"), replace(policies()[name], run=1)
-    if name == "dhsa":
+    model, policy = made("llama"), replace(POLICIES[name], run=1)
+    if isinstance(policy, DHSA):
         policy = replace(policy, budget=Budget(fraction=1.0))
     ids = ragged((16,))[0]
     mask = torch.ones(1, 1, 16, 16, dtype=torch.bool).tril()
