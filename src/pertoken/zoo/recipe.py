@@ -142,12 +142,13 @@ RECALL_LONG = replace(
     seed=RECALL.seed + 1,
 )
 """Their second stage."""
-RECALL_FEW = replace(RECALL_LONG, start="recall", steps=600, lengths=(), keys=256)
-"""What goes on from there with few keys, by models that differ in their layers."""
-ASSOCIATING = replace(
-    RECALL, steps=1200, length=512, lengths=((32, 0.2), (64, 0.35), (128, 0.5), (256, 0.75)), evaluate_every=300
+RECALL_FEW = replace(
+    RECALL_LONG, start="recall", steps=600, lengths=((256, 0.2), (512, 0.4), (1024, 0.7)), keys=256, lr=2e-3
 )
-"""Recall of short rows, by models that differ in their layers."""
+"""What goes on from there with few keys, by models that differ in their layers: first on rows that these hold, in which
+the score of every key gets a gradient."""
+ASSOCIATING = replace(RECALL_FEW, batch=4, length=512, steps=400, lengths=((64, 0.2), (128, 0.4), (256, 0.7)), keys=0)
+"""The same in rows of 512 tokens and fewer."""
 READING = Recipe(
     Shape(layers=4, width=128, heads=4, kv_heads=2, ffn=256),
     objective="causal",
