@@ -1,8 +1,8 @@
 """The keys that a decoding step reads, set aside: the next step, which reads nearly the same ones, gathers what is new.
 
-Gathering thousands of single keys from a long context costs as much time on a CPU as attending over them many times
-over. So their copies stay, in slots without order; keys that are no longer read make place for those that are now.
-Where the keys lie in host memory the copies are all that is on the model's device.
+Gathering thousands of single keys from a long context costs more time on a CPU than attending over them. So their
+copies stay, in slots without order; keys that are no longer read make place for those that are now. Where the keys lie
+in host memory the copies are all that is on the model's device.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pertoken.attend.history import Mark
 from pertoken.attend.key_view import KeyView
 from pertoken.ops.selected_attention.torch import rows_of
 
-WORTH = 2**17  # numbers of keys and values from which it saves time
+WORTH = 2**21  # numbers of keys and values from which it saves time: for a window, half of a step at 5 * 2**20
 SLACK = 8  # an eighth more slots than are needed, as budgets that are a share of the text grow with it
 
 
