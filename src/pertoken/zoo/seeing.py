@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, ViTConfig
+from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PretrainedConfig, ViTConfig
 
 from pertoken.models.segmenter import PlainSegmenter
 from pertoken.zoo import words
@@ -53,7 +53,8 @@ def made(recipe: SceneRecipe, vision: ViTConfig) -> LlavaForConditionalGeneratio
 
 def begun(model: Any, path: str) -> None:
     """Give it the weights of the answerer, or the encoder of the segmenter, at `path`."""
-    if AutoConfig.from_pretrained(path).model_type == "llava":
+    about, _ = PretrainedConfig.get_config_dict(path)
+    if about["model_type"] == "llava":
         model.load_state_dict(type(model).from_pretrained(path, dtype=torch.float32).state_dict())
         return
     segmenter = PlainSegmenter.from_pretrained(path)

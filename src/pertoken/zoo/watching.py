@@ -1,8 +1,8 @@
 """The small models of clips: LangDC's expert that describes them, and its host that answers questions about them.
 
 - describer: the expert, which begins as the scenes' answerer's language model, behind the answerer's encoder, which is
-  kept; the host is so small that its expert is no smaller. It learns condensed descriptions of segments, whose length is how much there is to tell
-  (`scenes.Clip.description`).
+  kept; the host is so small that its expert is no smaller. It learns condensed descriptions of segments, whose length
+  is how much there is to tell (`scenes.Clip.description`).
 - watcher: the host, a LLaVA-NeXT-Video that begins as the answerer. In two of five batches frames are pooled to one of
   `GRIDS`, so that every fixed ratio is one that it knows; in the others it is shown a coarse grid and the expert's
   states, of one of a few layers with a projection for each. Descriptions are the given ones, read in one forward, or in
