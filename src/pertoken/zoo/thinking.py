@@ -42,10 +42,12 @@ class Thinking(Tuning):
 
     model: str = "reasoning"
     text: str = "reasoning"
-    steps: int = 500
-    first: int = 300
+    steps: int = 800
+    first: int = 600
+    second: float = 0.2
     batch: int = 16
     length: int = 128
+    lr: float = 6e-3
     rank: int = 16
     alpha: float = 32.0
     inner: int = 32

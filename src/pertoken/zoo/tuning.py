@@ -39,13 +39,15 @@ class Task(ABC):
 @dataclass(frozen=True)
 class Tuning(ABC):
     """How something is trained for the zoo model `model`: `steps` batches of `batch` windows of `length` tokens, AdamW
-    with a linear warm-up of a twentieth and a linear decay to 2 %; the `first` steps are a stage of their own. text:
-    "code", windows of the corpus, or "reasoning", rows of `zoo.reasoning` with their answers marked."""
+    with a linear warm-up of a twentieth and a linear decay to 2 %; the `first` steps are a stage of their own, and
+    `second` is the peak learning rate of the other one, as a share of the first's. text: "code", windows of the corpus,
+    or "reasoning", rows of `zoo.reasoning` with their answers marked."""
 
     model: str = "code-target"
     text: str = "code"
     steps: int = 400
     first: int = 0
+    second: float = 1.0
     batch: int = 4
     length: int = 192
     lr: float = 2e-3
@@ -54,7 +56,9 @@ class Tuning(ABC):
 
     def rate(self, step: int) -> float:
         """Of the peak learning rate."""
-        return factor(step, self.first) if step < self.first else factor(step - self.first, self.steps - self.first)
+        if step < self.first:
+            return factor(step, self.first)
+        return self.second * factor(step - self.first, self.steps - self.first)
 
     @abstractmethod
     def task(self, model: Any, tokenizer: Any) -> Task:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
+from pertoken.zoo import WEIGHTS
 from pertoken.zoo.duo import Routing
+from pertoken.zoo.on_demand import kept_in
 from pertoken.zoo.skipping import Skipping
 from pertoken.zoo.stopping import Stopping
 from pertoken.zoo.thinking import ALWAYS, ONCE, Thinking
-from pertoken.zoo.tuning import Tuning
+from pertoken.zoo.tuning import Tuning, tune
 
 TUNINGS: dict[str, Tuning] = {
     "code-duo": Routing(),
@@ -20,3 +25,11 @@ TUNINGS: dict[str, Tuning] = {
     "reasoning-think-always": Thinking(steps=Thinking.first, again=ALWAYS),
     "reasoning-think-once": Thinking(steps=Thinking.first, again=ONCE),
 }
+
+
+def tuned(name: str, status: Callable[[str], None] = print) -> Path:
+    """Directory of what is trained under a name of `TUNINGS`: the packaged one, or one in the user's cache, trained now
+    as far as it is not."""
+    if (WEIGHTS / name / "config.json").exists():
+        return WEIGHTS / name
+    return tune(name, kept_in() / name, TUNINGS[name], status=status)
