@@ -599,14 +599,21 @@ def zoo_train(
     out: Annotated[Path, typer.Option(help="Directory of the run; a run found there goes on.")],
     steps: Annotated[int | None, typer.Option(help="Stop after this many steps in all.")] = None,
     compile_model: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the training step.")] = True,
+    images: Annotated[
+        str | None,
+        typer.Option(help="What a classifier learns from: a folder with a folder of pictures per class, or digits."),
+    ] = None,
 ) -> None:
     """Train a zoo model again from its recipe; Ctrl-C saves, the same command goes on.
 
     Example: pertoken zoo train code-draft --out runs
+
+    Example: pertoken zoo train scenes-classifier --images photos --out runs
     """
     from pertoken.bench.catalogue import recipe
     from pertoken.bench.curve import write_curve
     from pertoken.zoo.pausing import PAUSES, learn
+    from pertoken.zoo.pictures import pictures
     from pertoken.zoo.recipe import FILTERS
     from pertoken.zoo.scenes_models import SCENE_RECIPES, SceneRun
     from pertoken.zoo.train import Run
@@ -615,6 +622,8 @@ def zoo_train(
     wanted = recipe(name)
     if steps is not None and steps < 1:
         raise ValueError(f"steps={steps} is too few; give at least 1")
+    if images is not None and name not in SCENE_RECIPES:
+        raise ValueError(f"{name} does not learn from pictures; --images goes with a classifier of `pertoken zoo list`")
     if name in FILTERS:
         from pertoken.zoo.filters import train_filters
 
@@ -633,7 +642,8 @@ def zoo_train(
             print(f"trained: {tune(name, out / name, wanted, steps, status)}", file=sys.stderr)
         return
     if name in SCENE_RECIPES:
-        training: Any = SceneRun(name, out / name, wanted)
+        given = None if images is None else pictures(images, wanted.size)
+        training: Any = SceneRun(name, out / name, wanted, given)
     else:
         training = Run(name, out / name, wanted, compile_model)
     resumed = training.resume()

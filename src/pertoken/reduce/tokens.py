@@ -19,17 +19,7 @@ from torch import Tensor
 
 from pertoken.core.decision import Assign
 from pertoken.core.errors import BadRequest
-
-LIKE = 0.75  # images share a bucket if the shortest has at least this share of the longest one's tokens
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Images that attend together. index `[image, token]`: flat places; valid, of that shape, or None if all are
-    real."""
-
-    index: Tensor
-    valid: Tensor | None
+from pertoken.core.packing import Bucket, buckets
 
 
 @dataclass(frozen=True)
@@ -108,19 +98,7 @@ class Tokens:
     @cached_property
     def buckets(self) -> tuple[Bucket, ...]:
         """Images in groups of like length, each padded to its longest."""
-        order = sorted(range(len(self.counts)), key=lambda row: -self.counts[row])
-        groups: list[list[int]] = []
-        for row in order:
-            if groups and self.counts[row] >= LIKE * self.counts[groups[-1][0]]:
-                groups[-1].append(row)
-            else:
-                groups.append([row])
-        made = []
-        for rows in groups:
-            width = self.counts[rows[0]]
-            valid = self.valid[rows, :width]
-            made.append(Bucket(self.index[rows, :width], None if all(self.counts[r] == width for r in rows) else valid))
-        return tuple(made)
+        return buckets(self.counts, self.place.device)
 
     def masks(self, dtype: torch.dtype) -> list[Tensor | None]:
         """Per bucket, or once where the images are uniform: what is added to scores, `[image, 1, 1, key]` or None."""
@@ -145,11 +123,7 @@ class Tokens:
         flat = [x[0].transpose(0, 1) for x in qkv]
         parts, places = [], []
         for bucket, mask in zip(self.buckets, masks, strict=True):
-            part = run(*(x[bucket.index].transpose(1, 2) for x in flat), mask).flatten(0, 1)
-            place = bucket.index.flatten()
-            if bucket.valid is not None:
-                real = bucket.valid.flatten()
-                part, place = part[real], place[real]
+            part, place = bucket.gathered(run(*(x[bucket.index].transpose(1, 2) for x in flat), mask))
             parts.append(part)
             places.append(place)
         return torch.cat(parts)[torch.cat(places).argsort()][None]

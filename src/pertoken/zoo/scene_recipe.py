@@ -6,17 +6,20 @@ from dataclasses import dataclass
 
 HELD = 10**9  # scenes of this seed and above are never trained on
 SEGMENTS, CLASSIFIES, ANSWERS = "segmenter", "classifier", "answerer"
+ROUTES = "grid"
 WATCHES, DESCRIBES = "watcher", "describer"
 
 
 @dataclass(frozen=True)
 class SceneRecipe:
-    """task: "segmenter", "classifier" or "answerer", a LLaVA; of clips "describer", the expert of LangDC, and
-    "watcher", a LLaVA-NeXT-Video that can read its states; until: the step to stop at, 0 for all the steps; start: the
-    models whose weights a run begins with, by name with "+" between; threshold: DToP's while training, 1 for without;
-    ends: layers with a head. Scenes of `size` pixels in patches of `patch`. text_layers, text_width: of a language
-    model; questions: of each scene or clip in a batch; clips: how many different ones are watched again and again, a
-    multiple of the batch."""
+    """task: "segmenter", "classifier", "grid", a classifier whose tokens choose their ways, or "answerer", a LLaVA;
+    of clips "describer", the expert of LangDC, and "watcher", a LLaVA-NeXT-Video that can read its states; until: the
+    step to stop at, 0 for all the steps; start: the models whose weights a run begins with, by name with "+" between;
+    threshold: DToP's while training, 1 for without; ends: layers with a head. Scenes of `size` pixels in patches of
+    `patch`. text_layers, text_width: of a language model; questions: of each scene or clip in a batch; clips: how
+    many different ones are watched again and again, a multiple of the batch; routes: a grid's router while it is
+    trained, "diagonal", "dit", "static" or "random"; mu: its cost, as a share of the diagonal's; penalty: of missing
+    it."""
 
     task: str
     steps: int
@@ -40,3 +43,6 @@ class SceneRecipe:
     warmup: int = 50
     seed: int = 20261124
     save_every: int = 100
+    routes: str | None = None
+    mu: float = 0.6
+    penalty: float = 1.0
