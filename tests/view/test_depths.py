@@ -55,6 +55,17 @@ def test_tokens_have_the_layers_of_the_forward_that_they_came_out_of():
     assert spans((0, 3, 4, 5, 7)) == "0, 3–5, 7" and spans(()) == "none"
 
 
+def test_modules_chosen_layer_by_layer_or_at_once_are_read_alike():
+    chosen, texts = ((1, 0, 1), (0, 1, 1), (1, 1, 1)), [{"prompt": ["a"], "output": ["b", "c", "d"]}]
+    one_by_one, at_once = Trace({"rows": texts}), Trace({"rows": texts})
+    for layers in chosen:
+        at_once.record("depth.modules", depth(1, 1, layers))
+        for layer, own in enumerate(layers):
+            one_by_one.record(f"depth.modules.{layer}", depth(1, 1, (own,)))
+    (row,), (other,) = depths(one_by_one), depths(at_once)
+    assert row.layers == other.layers == ((0, 2), (1, 2), (0, 1, 2)) and row.depth == other.depth == 3
+
+
 def test_traces_without_fixed_places_are_not_read():
     tree = Trace()
     for tokens in (3, 1, 2):

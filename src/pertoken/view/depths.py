@@ -1,5 +1,6 @@
 """Depths: how many layers each token of an output ran, off a trace of a policy that chooses layers before a forward
-(`depth.layers`) or lets tokens leave between them (`depth.exits`).
+(`depth.layers`) or lets tokens leave between them (`depth.exits`); of one that chooses feed-forward blocks
+(`depth.modules`), in how many a token ran the layer's own one.
 
 Data only; nothing is drawn here. A token's layers are those of the forward that it came out of. A forward of several
 tokens belongs to the prompt, unless one of a single token came before it: then a decoder of token trees ran, whose
@@ -97,5 +98,10 @@ def _forwards(trace: Trace) -> Iterator[Forward]:
         if number + 1 == len(exits) or exits[number + 1][0] <= ran:
             yield one.valid, torch.arange(depth) < one.left.abs()[..., None], one.left < 0
     for step in trace.steps:
-        if isinstance(step.decision, Depth) and step.site == "depth.layers":
+        if isinstance(step.decision, Depth) and step.site in ("depth.layers", "depth.modules"):
             yield step.decision.valid, step.decision.layers, torch.zeros_like(step.decision.valid)
+    single = [(s.site, s.decision) for s in trace.steps if s.site.startswith("depth.modules.")]
+    count = len({site for site, _ in single})  # a decision for each layer
+    for start in range(0, len(single), count or 1):
+        own = [one for _, one in single[start : start + count] if isinstance(one, Depth)]
+        yield own[0].valid, torch.cat([one.layers for one in own], -1), torch.zeros_like(own[0].valid)
