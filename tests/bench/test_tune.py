@@ -50,6 +50,9 @@ def test_points_lie_where_the_budget_puts_them_beside_a_control_of_equal_cost(mo
     assert [p.compute for p in random] == pytest.approx([p.compute for p in mine], rel=0.01)
     assert [p.settings for p in random] == [{"budget": Budget(layers=n), "prompt": True} for n in (4, 2)]
     json.dumps(found.to_json(), allow_nan=False)
+    assert {line.name: line.dashed for line in found.chart().lines}["random"]
+    single = swept(values=[HALF]).chart()
+    assert not {line.name: line.dashed for line in single.lines}["random"], "a dashed point would be a level"
 
 
 @pytest.mark.parametrize("keep, chosen", [(1e-6, "skip_layers"), (1.0, "full")])

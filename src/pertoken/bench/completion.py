@@ -1,7 +1,8 @@
 """Completion of code (`pertoken bench code`): methods of `depth/` and `decode/` on the same Python that no model was
 trained on, beside the dense model and beside random choices at an equal budget.
 
-The model is zoo:code-target with what the package holds for it: low-rank weights, a controller, a threshold, drafts.
+The model is zoo:code-target with what the package holds for it: low-rank weights, small blocks and routers, a
+controller, a threshold, drafts.
 
 - *lines*: held-out code that stops within a line. Exact: the rest of the line is the original's. Edit similarity.
 - *functions*: signature and docstring of held-out functions. ROUGE-L with the original body; parses: the function with
@@ -12,9 +13,9 @@ The model is zoo:code-target with what the package holds for it: low-rank weight
 
 All sides decode greedily in fp32, in batches of 16, until the end of text or the task's length. A control spends what
 its method spent on the same task: `random_exit` lets as many tokens leave after each layer, `random_pause` pauses as
-often, `random_route` asks as often, `random_layers` runs as many layers (of the prompt too, as its weights were tuned
-to). Operations are counted over all tasks, the reading of prompts included, and set against the dense model's in the
-same loop, a decoder's or transformers' own.
+often, `random_route` asks as often, `random_modules` runs as many big blocks, `random_layers` as many layers (of the
+prompt too, as its weights were tuned to). Operations are counted over all tasks, the reading of prompts included, and
+set against the dense model's in the same loop, a decoder's or transformers' own.
 """
 
 from __future__ import annotations
@@ -48,14 +49,17 @@ from pertoken.decode.lossless import lossless
 from pertoken.decode.r2r import R2R
 from pertoken.decode.random_pause import RandomPause
 from pertoken.decode.random_route import RandomRoute
+from pertoken.depth.duo_llm import DuoLLM
 from pertoken.depth.random_exit import RandomExit
 from pertoken.depth.random_layers import RandomLayers
+from pertoken.depth.random_modules import RandomModules
 from pertoken.depth.skip_layers import SkipLayers
 from pertoken.depth.skipdecode import SkipDecode
 from pertoken.depth.stop_exit import StopExit
 from pertoken.models.stack import stack_of
 
-NAME, DENSE, LOOP, BATCH = "code", "full", "full, own loop", 16
+NAME, DENSE, LOOP, ALIKE, BATCH = "code", "full", "full, own loop", "full, tuned alike", 16
+HALF = Budget(fraction=0.5)
 LINES, FUNCTIONS, MADE = "lines", "functions", "made"
 NEW = {LINES: 20, FUNCTIONS: 64, MADE: 24}
 COUNTS = {LINES: (96, 12), FUNCTIONS: (32, 4), MADE: (48, 6)}  # full, quick
@@ -111,14 +115,15 @@ class Completed:
 
 @dataclass(frozen=True)
 class Side:
-    """A contender. parts: its decoder or policy for a task, None for transformers' own loop; weights: low-rank weights
-    merged into the model; control: the side that spends as much at random; exact: it must write what DENSE writes;
+    """A contender. parts: its decoder or policy for a task, None for transformers' own loop; model: another than the
+    zoo's as it is; control: the side that spends as much at random; exact: it must write what DENSE writes;
     made: whether it has what it needs for the model of that task."""
 
     name: str
     parts: Callable[[Bench, str], Any]
-    weights: str | None = None
+    model: Callable[[Bench], Any] | None = None
     control: str | None = None
+    dense: str = DENSE
     exact: bool = False
     made: bool = False
 
@@ -133,7 +138,7 @@ def loaded(bench: Bench, side: Side, task: str) -> tuple[Any, Any]:
         twin = diffusion.loaded(bench, name=diffusion.TWIN)
         return twin.model, twin.tokenizer
     models = suite.pair(bench)
-    return models.target if side.weights is None else tuned(bench, side.weights), models.tokenizer
+    return models.target if side.model is None else side.model(bench), models.tokenizer
 
 
 def _adadec(bench: Bench, task: str) -> AdaDec:
@@ -167,14 +172,38 @@ def _draft(bench: Bench) -> Any:
     return suite.pair(bench).draft
 
 
+def _with(weights: str) -> Callable[[Bench], Any]:
+    """The model with low-rank weights merged in."""
+    return lambda bench: tuned(bench, weights)
+
+
+def _duo(bench: Bench) -> tuple[Any, Any]:
+    """The model beside which small blocks and routers were trained, and these."""
+    from pertoken.bench.duo_llm import tuned as routed
+
+    return routed(bench)
+
+
+def _routed(bench: Bench) -> Any:
+    return _duo(bench)[0]
+
+
 SIDES = {
     side.name: side
     for side in (
         Side(DENSE, lambda bench, task: None, made=True),
         Side(LOOP, lambda bench, task: Full(), exact=True, made=True),
-        Side("full, tuned alike", lambda bench, task: None, "code-skip-full"),
-        Side("skipdecode", lambda bench, task: SkipDecode(reference=NEW[task]), "code-skip", "random_layers"),
-        Side("random_layers", lambda bench, task: RandomLayers(Budget(fraction=0.5), seed=0), "code-skip-random"),
+        Side(ALIKE, lambda bench, task: None, _with("code-skip-full")),
+        Side(
+            "skipdecode",
+            lambda bench, task: SkipDecode(reference=NEW[task]),
+            _with("code-skip"),
+            "random_layers",
+            dense=ALIKE,
+        ),
+        Side("random_layers", lambda bench, task: RandomLayers(HALF, seed=0), _with("code-skip-random")),
+        Side("duo_llm", lambda bench, task: DuoLLM(HALF, modules=_duo(bench)[1]), _routed, "random_modules"),
+        Side("random_modules", lambda bench, task: RandomModules(HALF, modules=_duo(bench)[1]), _routed),
         Side("stop_exit", lambda bench, task: StopExit(_controller(bench), stop=None), control="random_exit"),
         Side("random_exit", _random_exit),
         Side("stop_exit, stopping", lambda bench, task: StopExit(_controller(bench))),
@@ -282,9 +311,11 @@ def against(bench: Bench, name: str, other: str) -> Measurement:
 
 def _claims() -> None:
     for name in METHODS:
+        side = SIDES[name]
+        whole = "the dense model's" if side.dense == DENSE else "the equally tuned dense model's"
         for other, sentence, expected in (
-            (str(SIDES[name].control), f"{name} completes lines better than random choices at its budget", "> 1"),
-            (DENSE, f"{name} keeps 95 % of the dense model's edit similarity on lines", ">= 0.95"),
+            (str(side.control), f"{name} completes lines better than random choices at its budget", "> 1"),
+            (side.dense, f"{name} keeps 95 % of {whole} edit similarity on lines", ">= 0.95"),
         ):
             measure = partial(against, name=name, other=other)
             measure.__qualname__ = sentence  # type: ignore[attr-defined]

@@ -56,6 +56,7 @@ def page(one: dict[str, Any], own: Card) -> str:
         ("Needs", _names(one["needs"])),
         ("Model families", _names(one["families"])),
         ("Measured against", _names(one["baselines"])),
+        ("Dial", _names([one["dial"]] if one["dial"] else [])),
     ]
     parts = [MARK, f"# {one['name']}", _docstring(own), "## Card", _table(("", ""), rows)]
     if settings := _settings(own):

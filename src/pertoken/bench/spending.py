@@ -11,6 +11,8 @@ from torch import Tensor
 
 from pertoken.core.decision import Depth, Exit
 from pertoken.core.trace import Trace
+from pertoken.depth.exits import SITE as EXITS
+from pertoken.depth.layers import SITE as LAYERS
 
 
 def layers_run(trace: Trace) -> Counter[int]:
@@ -28,7 +30,7 @@ def layers_run(trace: Trace) -> Counter[int]:
 def _forwards(trace: Trace) -> Iterator[tuple[Tensor, Tensor]]:
     """Of each forward which tokens are real and how many layers they ran, both `[batch, token]`. Where it decided more
     than once, after one layer and another, the last decision counts."""
-    steps = [step for step in trace.steps if isinstance(step.decision, (Depth, Exit))]
+    steps = [step for step in trace.steps if step.site == LAYERS or step.site.startswith(EXITS)]
     for step, after in zip_longest(steps, steps[1:]):
         decision = step.decision
         if isinstance(decision, Depth):

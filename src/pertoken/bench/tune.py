@@ -41,6 +41,7 @@ from pertoken.methods import load_methods
 from pertoken.models.stack import stack_of
 
 FULL, RANDOM = "full", "random"
+PARTS = ("controller", "modules")  # what a control has from its method, loaded
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,8 @@ class Tuned:
 
     @staticmethod
     def _row(point: Point) -> dict[str, Any]:
-        return {**asdict(replace(point, settings={})), "settings": plain(point.settings)}
+        own = {name: value for name, value in plain(point.settings).items() if name not in PARTS}
+        return {**asdict(replace(point, settings={})), "settings": own}
 
     def chart(self) -> Chart:
         """Quality against computation: the method, its control, `full`, and the level to be kept."""
@@ -136,7 +138,8 @@ class Tuned:
         for name, dashed in ((self.method, False), (RANDOM, True)):
             if points := sorted(self.of(name), key=lambda point: point.compute):
                 band = () if dashed else [(p.compute, p.low, p.high) for p in points]
-                lines.append(Line(name, [(p.compute, p.quality) for p in points], band, dashed))
+                line = [(p.compute, p.quality) for p in points]
+                lines.append(Line(name, line, band, dashed and len(line) > 1))  # one dashed point would be a level
         level = Line(f"keep {self.keep:g}", [(1.0, self.keep)], dashed=True, colour="#6b7280")
         lines += [Line(FULL, [(1.0, 1.0)], colour="#1f2937"), level]
         note = f"{self.dial} of {self.method} on {self.model}, n = {self.prompts}; band: 95 % bootstrap over prompts"
