@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from pertoken.zoo import WEIGHTS
 from pertoken.zoo.insertion import insertion_losses, shortened, spread_levels
 from pertoken.zoo.masked import EPS, Bidirectional
 
@@ -237,10 +238,13 @@ def cache_directory() -> Path:
 def trained(
     recipe: StarRecipe, directory: Path | None = None, progress: Callable[[int, float], None] | None = None
 ) -> Any:
-    """The model of a recipe from `directory` (default: the user's cache), trained and put there if it is not."""
+    """The model of a recipe: the packaged one, or that in `directory` (default: the user's cache), trained and put there
+    if it is not."""
     about = json.dumps(asdict(recipe), sort_keys=True)
-    mark = hashlib.sha256(about.encode()).hexdigest()[:12]
-    path = (directory or cache_directory()) / f"star-{recipe.kind}-{mark}"
+    name = f"star-{recipe.kind}-{hashlib.sha256(about.encode()).hexdigest()[:12]}"
+    path = WEIGHTS / "star" / name
+    if not (path / "recipe.json").exists():
+        path = (directory or cache_directory()) / name
     if not (path / "recipe.json").exists():
         train(recipe, progress).save_pretrained(path)
         (path / "recipe.json").write_text(about)
