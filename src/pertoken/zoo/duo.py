@@ -1,8 +1,9 @@
 """Small feed-forward blocks and routers beside a zoo model, in Duo-LLM's two stages (arXiv 2410.10846).
 
 First the blocks: for each token and layer one of the options is drawn at random, ordinary next-token cross-entropy; the
-big blocks learn too, a low-rank change (`rank`; 0 leaves them as they are, which is the control). Then the routers
-alone: a soft mix of all options, whose temperature falls, and a penalty on the share of big ones (see `depth.duo_llm`).
+big blocks learn too, a low-rank change. In the control they learnt before, alone (`after`), and are frozen. Then the
+routers alone: a soft mix of all options, whose temperature falls, and a penalty on the share of big ones (see
+`depth.duo_llm`).
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from torch.nn import functional as F
 
 from pertoken.core.attach import attach
 from pertoken.depth.duo import BIG, OPTIONS, SHARES, SMALL, Duo
+from pertoken.depth.lora import Lora
 from pertoken.depth.modules import GivenModules
 from pertoken.models.adapter import adapter_for
+from pertoken.models.signature import signature
 from pertoken.zoo.tuning import Task, Tuning
 
 DRIFT = 0.02  # of the mean share of big blocks from the budget, above which the penalty is tenfold
@@ -28,8 +31,9 @@ KEPT = 0.9  # of the table of margins at each step
 
 @dataclass(frozen=True)
 class Routing(Tuning):
-    """inner: of the small blocks; rank: of the big ones' change; options: what tokens choose from; share: the budget of
-    the routers; alpha: weight of its penalty; tau: sharpness of the mix, at first and at last."""
+    """inner: of the small blocks; rank: of the big ones' change, 0 for none; after: low-rank weights of the zoo that
+    the model has before; options: what tokens choose from; share: the budget of the routers; alpha: weight of its
+    penalty; tau: sharpness of the mix, at first and at last."""
 
     steps: int = 480
     first: int = 360
@@ -38,6 +42,7 @@ class Routing(Tuning):
     lr: float = 1e-3
     inner: int = 44
     rank: int = 4
+    after: str | None = None
     options: tuple[str, ...] = OPTIONS[:2]
     share: float = 0.5
     alpha: float = 1.0
@@ -52,6 +57,9 @@ class RoutingTask(Task):
 
     def __init__(self, recipe: Routing, model: Any):
         self.recipe, self.model, self.adapter = recipe, model, adapter_for(model)
+        self.shipped = signature(model)
+        if recipe.after is not None:
+            Lora.load(f"zoo:{recipe.after}").merge(model)
         self.duo = self.module = Duo.for_model(model, recipe.inner, recipe.options, recipe.rank)
 
     def loss(self, ids: Tensor, step: int) -> Tensor:
@@ -102,5 +110,5 @@ class RoutingTask(Task):
         self.duo.margins.copy_(found if first else KEPT * self.duo.margins + (1 - KEPT) * found)
 
     def save(self, directory: Path, about: dict[str, Any]) -> None:
-        self.duo.about |= {"recipe": about}
+        self.duo.about |= {"model": self.shipped, "recipe": about}
         self.duo.save(directory)

@@ -15,7 +15,7 @@ from pertoken.zoo.tuning import Tuning, tune
 
 TUNINGS: dict[str, Tuning] = {
     "code-duo": Routing(),
-    "code-duo-frozen": Routing(steps=Routing.first, rank=0),
+    "code-duo-after": Routing(steps=210, first=210, rank=0, after="code-skip-full"),
     "code-skip": Skipping(steps=150),
     "code-skip-random": Skipping(steps=150, schedule="random"),
     "code-skip-full": Skipping(steps=150, schedule="full"),
