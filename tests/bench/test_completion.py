@@ -50,6 +50,7 @@ def test_layers_that_tokens_layers_run_are_those_of_their_last_decision():
     assert not layers_run(reading)
 
 
+@pytest.mark.slow
 def test_a_side_is_measured_and_its_control_spends_as_much(monkeypatch):
     monkeypatch.setattr(completion, "COUNTS", dict.fromkeys(NEW, (2, 2)))
     monkeypatch.setattr(completion, "NEW", dict.fromkeys(NEW, 8))

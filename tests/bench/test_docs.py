@@ -3,7 +3,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from pertoken.bench import catalogue, docs, results
+from pertoken.bench import catalogue, claims, docs, results
 from pertoken.bench.claims import Measurement
 from pertoken.bench.curve import write_curve
 from pertoken.bench.runner import run
@@ -69,6 +69,22 @@ def test_pages_tell_card_docstring_and_results(checkout):
     assert "[toy](toy.md)" in made["README.md"]
     rows = [line for line in page.splitlines() if line.startswith("|")]
     assert all(line.endswith("|") for line in rows)
+
+
+def test_a_bench_of_many_methods_has_a_page_with_its_table(checkout, monkeypatch):
+    monkeypatch.setattr(claims, "BENCHES", {"many": "spending"})
+    for module in (catalogue, docs):
+        monkeypatch.setattr(module, "BENCHES", claims.BENCHES)
+    lines = [{"side": "full", "exact": 0.25}, {"side": "a | b", "exact": None}]
+    found = Measurement(1.0, "full", 1.0, 2, {"table": lines})
+    claims.claim("many", claim="all of them", metric="share", expected="== 1", shown=True)(lambda bench: found)
+    assert "many.md" not in docs.pages(checkout / "results"), "it was not measured"
+    run(["many"], directory=checkout / "results")
+    made = docs.pages(checkout / "results")
+    assert "| full | 0.25 |" in made["many.md"] and "| a \\| b | - |" in made["many.md"]
+    assert "all of them" in made["many.md"] and "[many](many.md)" in made["README.md"]
+    front = docs.readme(f"{docs.START}\n{docs.END}", checkout / "results")
+    assert "[many](docs/methods/many.md) | all of them" in front
 
 
 def test_settings_come_from_the_fields_or_the_signature(toy):

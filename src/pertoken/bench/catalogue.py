@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pertoken.bench import results
-from pertoken.bench.claims import claims_of
+from pertoken.bench.claims import BENCHES, claims_of
 from pertoken.bench.settings import dial_of
 from pertoken.core.card import Card, card, cards
 from pertoken.methods import load_methods
@@ -26,8 +26,6 @@ def entry(name: str, directory: Path) -> dict[str, Any]:
     """The entry of one method: its card, the kind and families of models it runs on, and each claim with its newest
     record or null."""
     one = card(name)
-    kept = results.read(name, directory) or {"claims": []}
-    newest = {record["claim"]: record for record in kept["claims"]}
     return {
         "name": one.name,
         "question": one.question,
@@ -43,6 +41,15 @@ def entry(name: str, directory: Path) -> dict[str, Any]:
         "baseline": one.baseline,
         "baselines": list(one.baselines),
         "dial": dial_name(one),
+    } | measured(name, directory)
+
+
+def measured(name: str, directory: Path) -> dict[str, Any]:
+    """Claims of a method, or of a bench of many, each with its newest record or null; and on what they were measured,
+    null if they were not."""
+    kept = results.read(name, directory) or {"claims": []}
+    newest = {record["claim"]: record for record in kept["claims"]}
+    return {
         "claims": [
             {
                 "claim": c.claim,
@@ -55,6 +62,13 @@ def entry(name: str, directory: Path) -> dict[str, Any]:
         ],
         "measured": {key: kept.get(key) for key in ("date", "versions", "machine")} if newest else None,
     }
+
+
+def benches(directory: Path | None = None) -> list[dict[str, Any]]:
+    """One entry per bench of many methods that was measured."""
+    where = results.results_dir(directory)
+    there = [name for name in BENCHES if results.read(name, where) is not None]
+    return [{"name": name, "baseline": False} | measured(name, where) for name in there]
 
 
 def _families(one: Card) -> list[str]:
