@@ -26,7 +26,8 @@ from pertoken.zoo.scene_recipe import HELD
 from pertoken.zoo.scenes import Clip, as_input, clip, kind_of_question
 
 HOST = "clips-langdc"
-BIASES = (-2.0, 0.0, 2.0, 4.0)
+BIASES = (0.0, 6.0, 9.0, 12.0)
+ROOM = Budget(fraction=0.75)  # so that no description is cut
 
 
 def host(bench: Bench) -> Any:
@@ -57,7 +58,7 @@ def held(bench: Bench) -> tuple[list[Clip], Tensor, list[tuple[str, str]]]:
 
 
 def langdc(bench: Bench, layer: int | None = None, bias: float = 0.0) -> LangDC:
-    return bench.shared(("langdc", layer, bias), lambda: LangDC(expert=expert(bench, layer), end_bias=bias))
+    return bench.shared(("langdc", layer, bias), lambda: LangDC(ROOM, expert=expert(bench, layer), end_bias=bias))
 
 
 def watched(bench: Bench, policy: Clips | None = None) -> dict[str, Any]:
