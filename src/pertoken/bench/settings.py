@@ -76,7 +76,7 @@ def dial_of(one: Card) -> Dial:
     """What is turned to tune a method; raises `ValueError` for a method without a dial."""
     if one.shape not in ("policy", "decoder"):
         raise ValueError(f"{one.name} is a {one.shape}; only policies and decoders can be tuned")
-    if kind_needed(one.needs) == "image":
+    if kind_needed(one.needs) in ("image", "video"):
         raise ValueError(f"{one.name} works on images, and tune compares texts; see `pertoken run --input photo.png`")
     if one.exactness == "lossless":
         raise ValueError(
