@@ -19,7 +19,8 @@ the share of big ones was the budget's; the paper's argmax is the threshold 0, a
 Optimiser, alpha and tau are not printed in the paper.
 
 What a router could reach is searched for in `oracle`. It loses at batch 1, where finding out who goes where takes as
-long as a small model's feed-forward block; and attention is never saved.
+long as a small model's feed-forward block; attention is never saved; and where a model's head can read its middle
+layers, first layers of as many operations may predict as well (see its claims).
 """
 
 from __future__ import annotations
