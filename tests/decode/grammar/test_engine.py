@@ -11,7 +11,7 @@ from pertoken.decode.grammar.engine import Engine
 from pertoken.decode.grammar.gbnf import gbnf
 from pertoken.decode.grammar.matcher import Matcher
 from pertoken.decode.grammar.provider import bits
-from pertoken.decode.grammar.tables import STATE
+from pertoken.decode.grammar.tables import SPARE, STATE
 from pertoken.decode.grammar.vocabulary import Vocabulary
 from tests.decode.grammar import naive
 
@@ -161,3 +161,22 @@ def test_counts_stay_small():
     parse, _ = engine.read_bytes(engine.start, b"b" + b"a" * 9_999)
     assert engine.tables.used(STATE) < 50 and engine.read_bytes(parse, b"ab")[0] >= 0
     assert engine.read_bytes(parse, b"aa")[0] < 0 and engine.read_bytes(engine.start, b"baab")[0] < 0
+
+
+def test_memory_of_engines_that_are_gone_is_used_again_without_a_trace():
+    vocab = vocabulary("ab()+")
+    sources = [GRAMMARS[name][0] for name in ("left", "counted", "cross", "counts of rules")]
+    fresh = []
+    for _ in range(2):
+        for number, source in enumerate(sources):
+            engine = Engine(gbnf(source), vocab)
+            masks = []
+            for text in (b"", b"a", b"b", b"ba", b"(a", b"bab"):
+                parse, _ = engine.read_bytes(engine.start, text)
+                masks.append(engine.mask(parse).tolist() if parse >= 0 else None)
+            if len(fresh) < len(sources):
+                fresh.append(masks)
+            assert masks == fresh[number]
+            address = engine.tables.address
+            del engine
+    assert SPARE and Engine(gbnf(sources[0]), vocab).tables.address == address

@@ -50,6 +50,13 @@ def test_rollback_restores_masks_and_forks_are_independent(grammar, seed):
         engine = Engine(grammar, SMALL)
     except BadRequest:  # it matches nothing
         return
+    try:
+        follow(engine, grammar, seed)
+    except BadRequest as error:
+        assert "ways at once" in str(error)
+
+
+def follow(engine, grammar, seed):
     draw, matcher = random.Random(seed), Matcher(engine)
     masks, twins = [allowed(matcher)], [matcher.fork()]
     for _ in range(8):

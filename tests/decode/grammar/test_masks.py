@@ -141,9 +141,13 @@ def test_splits_and_masks_may_be_forgotten(monkeypatch):
 def test_rows_that_a_bitmask_does_not_have():
     vocabulary = Vocabulary([b"a", None], ends=(1,))
     matcher = Matcher(Engine(gbnf('root ::= "a"*'), vocabulary))
-    for bitmask, row in ((new_bitmask(2, 2), 2), (new_bitmask(2, 2), -1), (new_bitmask(2, 64), 0)):
-        with pytest.raises(BadRequest, match="cannot hold a mask of 1 words"):
-            matcher.fill(bitmask, row)
+    for row in (2, -1):
+        with pytest.raises(BadRequest, match="none of the 2 rows"):
+            matcher.fill(new_bitmask(2, 2), row)
+    strange = [new_bitmask(2, 64), np.zeros((2, 1)), np.zeros(1, np.int32), np.zeros((2, 2), np.int32)[:, ::2]]
+    for bitmask in strange:
+        with pytest.raises(BadRequest, match="cannot hold masks of this vocabulary; give an int32 one of 1 words"):
+            matcher.fill(bitmask)
     bitmask = torch.zeros(2, 1, dtype=torch.int32)
     matcher.fill(bitmask, 1)
     assert bitmask.tolist() == [[0], [3]]

@@ -43,9 +43,11 @@ def _reader() -> Any:
 
         return kind(address), cast
 
+    read: Any = pointer
+
     @_njit
     def numbers_at(address: int) -> Any:
-        return carray(pointer(address), 1 << 40)
+        return carray(read(address), 1 << 40)
 
     return numbers_at
 

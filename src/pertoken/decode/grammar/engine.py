@@ -57,6 +57,7 @@ class Engine:
         grammar, vocabulary = self.grammar, self.vocabulary
         self.tables = Tables(self.memory)
         self.tables.hold(PATH, 4 * (vocabulary.longest + 4))
+        self.target: tuple[Any, int, int, int] = (None, 0, 0, 0)  # the bitmask last written to, and where it is
         self.forgot: int | None = None  # table whose entries were forgotten to find the mask that is asked for
         self.forced: dict[int, list[int]] = {}
         self.single: dict[int, int | None] = {}
@@ -77,12 +78,12 @@ class Engine:
     def spare(self) -> None:
         """Free what no living matcher needs, if the tables have become large: they are begun anew, and the matchers
         read their texts again. To be called by matchers only, between two tokens."""
-        if self.pinned or 2 * self.tables.bytes() <= self.memory:
+        if self.pinned or 2 * self.tables.block.nbytes <= self.memory:
             return
         self._begin()
         for matcher in list(self.matchers):
             matcher.read_again()
-        if 2 * self.tables.bytes() > self.memory:
+        if 2 * self.tables.block.nbytes > self.memory:
             self.pinned = True  # all of it is needed
 
     def read(self, parse: int, token: int) -> int:
@@ -104,28 +105,41 @@ class Engine:
         block = self.tables.block
         return bool(block[block[PARSE] + 6 * parse + 2] & ENDS)
 
-    def fill(self, parse: int, bitmask: np.ndarray, row: int) -> None:
-        """Write which tokens may come next, ends of text included, into a row of an int32 bitmask `[row, word]`."""
+    def fill(self, parse: int, bitmask: Any, row: int) -> None:
+        """Write which tokens may come next, ends of text included, into a row of an int32 bitmask `[row, word]`, a
+        numpy array or a torch tensor on the CPU."""
+        known, address, rows, stride = self.target
+        if bitmask is not known:
+            address, rows, stride = self._look_at(bitmask)
+        if not 0 <= row < rows:
+            raise BadRequest(f"row {row} is none of the {rows} rows of the bitmask; give one of 0 to {rows - 1}")
+        address += row * stride
         tables, vocabulary = self.tables, self.vocabulary
-        found = kernels.fill(tables.address, vocabulary.address, parse, bitmask, row)
+        found = kernels.fill(tables.address, vocabulary.address, parse, address)
         if found:
-            self._fill_slowly(parse, bitmask, row, found)
+            self.forgot = None
+            while found == FAILED:
+                self._serve()
+                found = kernels.fill(self.tables.address, vocabulary.address, parse, address)
+            if found == DEAD:
+                raise BadRequest(
+                    "no token of the vocabulary may come next: it cannot spell what the grammar asks for here (or no "
+                    "id ends a text). Give a vocabulary with single bytes, its ends, or another grammar"
+                )
 
-    def _fill_slowly(self, parse: int, bitmask: np.ndarray, row: int, found: int) -> None:
-        self.forgot = None
-        while found == FAILED:
-            self._serve()
-            found = kernels.fill(self.tables.address, self.vocabulary.address, parse, bitmask, row)
-        if found == kernels.NO_SUCH_ROW:
+    def _look_at(self, bitmask: Any) -> tuple[int, int, int]:
+        """Address of a bitmask, how many rows it has, and bytes from row to row; kept for the next mask."""
+        array, words = bitmask if isinstance(bitmask, np.ndarray) else bitmask.numpy(), self.vocabulary.words
+        fits = array.ndim == 2 and array.shape[1] == words and array.strides[1] == 4
+        if not fits or array.dtype != np.int32 or not array.flags.writeable:
             raise BadRequest(
-                f"row {row} of a bitmask {list(bitmask.shape)} cannot hold a mask of {self.vocabulary.words} words; "
-                "give new_bitmask(rows, size), and a row that it has"
+                f"a bitmask {list(array.shape)} of {array.dtype} cannot hold masks of this vocabulary; give an int32 "
+                f"one of {words} words a row that can be written, such as new_bitmask(rows, {self.vocabulary.size})"
             )
-        if found == DEAD:
-            raise BadRequest(
-                "no token of the vocabulary may come next: it cannot spell what the grammar asks for here (or no "
-                "id ends a text). Give a vocabulary with single bytes, its ends, or another grammar"
-            )
+        found = (array.ctypes.data, array.shape[0], array.strides[0])
+        if array is bitmask:  # a tensor may get other memory
+            self.target = (bitmask, *found)
+        return found
 
     def mask(self, parse: int) -> np.ndarray:
         """int32 `[word]`: bitmask of the tokens that may come next, ends of text included."""

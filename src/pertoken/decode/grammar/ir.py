@@ -16,7 +16,8 @@ Class = TypeVar("Class", bound=type)
 
 def remembering(cls: Class) -> Class:
     """A frozen dataclass whose objects, large trees that are looked up often, compute their hash once."""
-    compute = cls.__hash__
+    kind: Any = cls
+    compute = kind.__hash__
 
     def remembered(self: Any) -> int:
         found = self.__dict__.get("_hash")
@@ -24,7 +25,7 @@ def remembering(cls: Class) -> Class:
             found = self.__dict__["_hash"] = compute(self)
         return found
 
-    cls.__hash__ = remembered
+    kind.__hash__ = remembered
     return cls
 
 
@@ -120,11 +121,15 @@ def seq(*items: Node) -> Node:
     flat: list[Node] = []
     for item in items:
         for part in item.items if isinstance(item, Seq) else (item,):
-            if part == EMPTY:
+            if isinstance(part, Lit):
+                last = flat[-1] if flat else None
+                if isinstance(last, Lit):
+                    flat[-1] = Lit(last.data + part.data)
+                elif part.data:
+                    flat.append(part)
+            elif isinstance(part, Alt) and not part.items:
                 return EMPTY
-            if isinstance(part, Lit) and flat and isinstance(flat[-1], Lit):
-                flat[-1] = Lit(flat[-1].data + part.data)
-            elif part != NOTHING:
+            else:
                 flat.append(part)
     if not flat:
         return NOTHING

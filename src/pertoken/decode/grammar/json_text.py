@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from decimal import Decimal
 from functools import lru_cache
+from json.encoder import encode_basestring
 
 from pertoken.core.errors import BadRequest
 from pertoken.decode.grammar.automaton import Automaton, Edges, trimmed, words
@@ -51,6 +52,11 @@ def quoted(inner: Node) -> Node:
 
 def any_string(least: int = 0, most: int | None = None) -> Node:
     return quoted(Repeat(any_character(), least, most))
+
+
+def spelling(text: str) -> bytes:
+    """A string as `json.dumps` with `ensure_ascii=False` writes it."""
+    return encode_basestring(text).encode()
 
 
 def compact(value: object) -> str:

@@ -39,6 +39,7 @@ from pertoken.decode.grammar.tables import (
     SPLIT,
     STATE,
     USED,
+    WALKED,
 )
 from pertoken.decode.grammar.trie import (
     ENDS_COUNT,
@@ -54,110 +55,113 @@ from pertoken.decode.grammar.trie import (
 )
 from pertoken.decode.grammar.walks import walk
 
-NO_SUCH_ROW = -10
+WORTH_KEEPING = 8  # a mask that took walks below so many exits
 
 
 @kernel
-def fill(block_address, trie_address, parse, bitmask, row):
-    """Write the mask of a parse, ends of text included, into a row of a bitmask; 0, DEAD if no token may come next,
-    NO_SUCH_ROW, or FAILED. The blocks are given by their addresses."""
+def fill(block_address, trie_address, parse, mask_address):
+    """Write the mask of a parse, ends of text included; 0, DEAD if no token may come next, or FAILED. The blocks and
+    the mask are given by their addresses. A mask that took long walks is kept in MASK; those of parses that `counts`
+    finds alike are one."""
     block, trie = numbers_at(block_address), numbers_at(trie_address)
     words = (trie[SIZE] + 31) // 32
-    if row < 0 or row >= bitmask.shape[0] or bitmask.shape[1] != words:
-        return NO_SUCH_ROW
-    where = find_mask(block, trie, parse)
-    if where < 0:
-        return where
-    where += block[MASK]
-    for word in range(words):
-        bitmask[row, word] = block[where + word]
-    return 0
-
-
-@kernel
-def find_mask(block, trie, parse):
-    """Where the mask of a parse is in MASK, or DEAD or FAILED. Parses that `counts` finds alike have one in common."""
-    at = block[PARSE] + 6 * parse
-    if block[at + 5] != NO_MASK:
-        return block[at + 5]
-    same = at
-    if block[USED + COUNTED]:
-        other = alike(block, parse, trie[LONGEST])
-        if other == FAILED:
+    mask = numbers_at(mask_address)[:words]
+    at, same = block[PARSE] + 6 * parse, parse
+    if block[at + 5] == NO_MASK and block[USED + COUNTED]:
+        same = alike(block, parse, trie[LONGEST])
+        if same == FAILED:
             return FAILED
-        same = block[PARSE] + 6 * other
-    if block[same + 5] == NO_MASK:
-        words = (trie[SIZE] + 31) // 32
+    other = block[PARSE] + 6 * same
+    if block[other + 5] == NO_MASK:
+        block[WALKED] = 0
+        found = add_items(block, trie, other, mask)
+        if found != 0 or block[WALKED] < WORTH_KEEPING:
+            return found
         if full(block, MASK, words):
             return FAILED
         where = block[MASK] + block[USED + MASK]
-        found = add_items(block, trie, same, block[where : where + words])
-        if found != 0:
-            return found
-        block[same + 5] = block[USED + MASK]
+        for word in range(words):
+            block[where + word] = mask[word]
+        block[other + 5] = block[USED + MASK]
         block[USED + MASK] += words
-    block[at + 5] = block[same + 5]
-    return block[at + 5]
+    else:
+        where = block[MASK] + block[other + 5]
+        for word in range(words):
+            mask[word] = block[where + word]
+    block[at + 5] = block[other + 5]
+    return 0
 
 
 @kernel
 def add_items(block, trie, at, mask):
     """Set the mask of a parse, given by its address; 0, DEAD if nothing is allowed, or FAILED."""
     mask[:] = 0
+    allowed = 0
     for i in range(block[at], block[at] + block[at + 1]):
         place, node = block[block[ITEM] + 2 * i], block[block[ITEM] + 2 * i + 1]
         counted = repetition(block, node)
         if counted >= 0:
-            if add_repeat(block, trie, counted, place, node, mask) == FAILED:
-                return FAILED
-            continue
-        split = block[block[PLACE] + 10 * place + 5]
-        if split == NO_SPLIT:
-            split = make_split(block, trie, place)
-            if split == FAILED:
-                return FAILED
-        home, where = (block, block[SPLIT] + split) if split >= 0 else (trie, trie[SHARED] - 2 - split)
-        count, exits = home[where], home[where + 1]
-        where += 2
-        if count < 0:
-            for word in range(len(mask)):
-                mask[word] |= home[where + word]
-            where += len(mask)
+            more = add_repeat(block, trie, counted, place, node, mask)
         else:
-            set_bits(mask, home, where, count)
-            where += count
-        if add_exits(block, trie, node, home, where, exits, mask) == FAILED:
+            more = add_split(block, trie, place, node, mask)
+        if more == FAILED:
             return FAILED
+        allowed += more
     add_twins(mask, trie)
     if block[at + 2] & ENDS:
         set_bits(mask, trie, trie[ENDS_OF_TEXT], trie[ENDS_COUNT])
-    for word in range(len(mask)):
-        if mask[word]:
-            return 0
-    return DEAD
+        allowed += trie[ENDS_COUNT]
+    return 0 if allowed else DEAD
+
+
+@kernel
+def add_split(block, trie, place, node, mask):
+    """Allow what can be read from a position with a stack node below; FAILED, or a number that is 0 if that is
+    nothing."""
+    split = block[block[PLACE] + 10 * place + 5]
+    if split == NO_SPLIT:
+        split = make_split(block, trie, place)
+        if split == FAILED:
+            return FAILED
+    home, where = (block, block[SPLIT] + split) if split >= 0 else (trie, trie[SHARED] - 2 - split)
+    count, exits = home[where], home[where + 1]
+    where += 2
+    if count < 0:
+        count = len(mask)
+        for word in range(count):
+            mask[word] |= home[where + word]
+    else:
+        set_bits(mask, home, where, count)
+    more = add_exits(block, trie, node, home, where + count, exits, mask)
+    return FAILED if more == FAILED else count + more
 
 
 @kernel
 def add_exits(block, trie, node, home, first, count, mask):
-    """Allow what can be read below exits `home[first : first + count]` once the rule called at a node has ended."""
+    """Allow what can be read below exits `home[first : first + count]` once the rule called at a node has ended;
+    returns how many tokens, or FAILED."""
     if node <= ROOT or count == 0:
         return 0
+    block[WALKED] += count
     after = returned(block, node)
     if after == FAILED:
         return FAILED
     if after == DEAD or block[block[PARSE] + 6 * after + 1] == 0:
         return 0
+    allowed = 0
     for k in range(first, first + count):
         found = walk(block, trie, after, home[k], 0, 0, False)
         if found == FAILED:
             return FAILED
         set_bits(mask, trie, trie[SCRATCH], found)
-    return 0
+        allowed += found
+    return allowed
 
 
 @kernel
 def add_repeat(block, trie, counted, place, node, mask):
-    """Allow what can be read from a position inside of a repetition (see `repeats`); 0 or FAILED."""
+    """Allow what can be read from a position inside of a repetition (see `repeats`); FAILED, or a number that is 0 if
+    that is nothing."""
     at, here = block[COUNTED] + 6 * counted, block[LINK] + 3 * block[block[NODE] + 4 * node]
     link = block[at + 4]
     while link >= 0 and block[block[REPEATS] + 3 * link] != place:
@@ -172,6 +176,8 @@ def add_repeat(block, trie, counted, place, node, mask):
     left = most if block[at + 2] < 0 else min(most, block[at + 2] - times)
     least = max(block[at + 1] - times, 1)
     words, fit, scratch = first + inside + behind + home[where + 3], home[sums + left + 1], trie[SCRATCH]
+    allowed = fit
+    block[WALKED] += WORTH_KEEPING
     if 2 * fit < inside:
         set_bits(mask, home, first, fit)
     else:
@@ -183,12 +189,15 @@ def add_repeat(block, trie, counted, place, node, mask):
         for word in range(len(mask)):
             mask[word] |= trie[scratch + word]
     if least > left:
-        return 0
+        return allowed
     sums, first = sums + most + 2, first + inside
-    set_bits(mask, home, first + home[sums + least], home[sums + left + 1] - home[sums + least])
+    fit = home[sums + left + 1] - home[sums + least]
+    allowed += fit
+    set_bits(mask, home, first + home[sums + least], fit)
     sums, first = sums + most + 2, first + behind
     fit = home[sums + left + 1] - home[sums + least]
-    return add_exits(block, trie, parent, home, first + home[sums + least], fit, mask)
+    more = add_exits(block, trie, parent, home, first + home[sums + least], fit, mask)
+    return FAILED if more == FAILED else allowed + more
 
 
 @kernel

@@ -66,8 +66,6 @@ class Matcher(TokenMask):
         return twin
 
     def fill(self, bitmask: Any, row: int = 0) -> None:
-        if type(bitmask) is not np.ndarray:
-            bitmask = bitmask.numpy()
         if self.ended:
             bitmask[row] = 0
         else:

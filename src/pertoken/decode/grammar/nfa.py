@@ -149,10 +149,10 @@ class Builder:
             if not data:
                 edges.append((at, EPSILON, 0, after))
                 return
-            for byte in data[:-1]:
-                new = nfa.state()
-                edges.append((at, byte, byte, new))
-                at = new
+            for state, byte in enumerate(data[:-1], nfa.size):
+                edges.append((at, byte, byte, state))
+                at = state
+            nfa.size += len(data) - 1
             edges.append((at, data[-1], data[-1], after))
         elif isinstance(node, Set):
             edges.extend((at, low, high, after) for low, high in ranges(node.mask))
@@ -246,6 +246,19 @@ def empty_rules(rules: dict[str, Node]) -> dict[str, bool]:
             found[name] = True
             waiting.extend(users[name])
     return found
+
+
+def spread(edges: list[tuple[int, int]], start: Iterable[int]) -> set[int]:
+    """`reached`, sooner where most edges come after those that lead to them."""
+    found = set(start)
+    for _ in range(3):
+        before = len(found)
+        for here, there in edges:
+            if here in found:
+                found.add(there)
+        if len(found) == before:
+            return found
+    return reached(edges, found)
 
 
 def reached(edges: Iterable[tuple[int, int]], start: Iterable[int]) -> set[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from pertoken.decode.grammar.ir import remembering
 from pertoken.decode.grammar.unicode import ANY, Ranges
@@ -67,6 +68,7 @@ def search(pattern: Regex) -> Regex:
     return Cat((before, *items, after))
 
 
+@lru_cache(maxsize=4096)
 def anchored(pattern: Regex) -> bool:
     """Whether any anchor is left in a pattern."""
     if isinstance(pattern, (Cat, Or)):
@@ -74,6 +76,7 @@ def anchored(pattern: Regex) -> bool:
     return isinstance(pattern, Anchor) or (isinstance(pattern, Times) and anchored(pattern.item))
 
 
+@lru_cache(maxsize=4096)
 def possible(pattern: Regex) -> bool:
     """Whether any text matches a pattern without anchors."""
     if isinstance(pattern, Chars):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any
 
 from pertoken.core.errors import BadRequest
@@ -52,6 +53,11 @@ def types(value: Any, where: str, sign: bool) -> Values:
     wanted = [value] if isinstance(value, str) else value
     if not isinstance(wanted, list) or not wanted or any(kind not in TYPES for kind in wanted):
         raise BadRequest(f"{where}: {value!r} is no type; give one of {', '.join(TYPES)}, or a list of them")
+    return _of_types(frozenset(wanted), sign)
+
+
+@lru_cache(maxsize=256)
+def _of_types(wanted: frozenset[str], sign: bool) -> Values:
     if sign:
         numbers = NUMBERS if "number" in wanted else INTEGERS if "integer" in wanted else NONE
     else:

@@ -26,16 +26,18 @@ class Meaning:
     def __init__(self, documents: Documents, formats: bool):
         self.documents, self.formats = documents, formats
         self.known: dict[tuple[int, bool, bool], Values] = {}
+        self.sets: dict[tuple[Conj, bool], Values] = {}
         self.working: list[tuple[int, bool, bool]] = []
         self.made: dict[int, Any] = {}
 
     def of(self, conj: Conj, track: bool = False) -> Values:
         """Values that match all schemas of `conj`."""
-        if barred(conj):
-            return NOTHING
-        found = ANYTHING
-        for number, sign in sorted(conj):
-            found = found.meet(self.schema(number, sign, track))
+        found = self.sets.get((conj, track))
+        if found is None:
+            found = NOTHING if barred(conj) else ANYTHING
+            for number, sign in sorted(conj) if found is ANYTHING else ():
+                found = found.meet(self.schema(number, sign, track))
+            self.sets[conj, track] = found
         return found
 
     def signed(self, schema: Any, near: int, sign: bool, track: bool = False) -> Values:
@@ -57,9 +59,28 @@ class Meaning:
                     "so that it says nothing; remove that reference"
                 )
             self.working.append(key)
-            self.known[key] = self._keywords(number, sign, track)
+            self.known[key] = self._simple(number, sign) or self._keywords(number, sign, track)
             self.working.pop()
         return self.known[key]
+
+    def _simple(self, number: int, sign: bool) -> Values | None:
+        """What a schema says that has only keywords about values themselves; kept for other schemas that say the
+        same."""
+        schema = self.documents.schemas[number]
+        if not isinstance(schema, dict) or not schema or not schema.keys() <= PLAIN.keys():
+            return None
+        said = [(keyword, tuple(x) if isinstance(x, list) else x, type(x)) for keyword, x in schema.items()]
+        key = (tuple(said), sign, self.formats)
+        try:
+            found = SIMPLE.get(key)
+        except TypeError:  # no keyword has such an argument
+            return None
+        if found is None:
+            found = self._keywords(number, sign, False)
+            if len(SIMPLE) >= MOST_SIMPLE:
+                SIMPLE.clear()
+            SIMPLE[key] = found
+        return found
 
     def _keywords(self, number: int, sign: bool, track: bool) -> Values:
         if number == 0:
@@ -68,9 +89,9 @@ class Meaning:
         old = self.documents.drafts[number] == 7
         if old and "$ref" in schema:
             schema = {"$ref": schema["$ref"]}
-        for keyword in schema:
-            if keyword not in KNOWN:
-                raise Unsupported(keyword, self.documents.paths[number], "it is not known here")
+        if not KNOWN.issuperset(schema):
+            keyword = next(keyword for keyword in schema if keyword not in KNOWN)
+            raise Unsupported(keyword, self.documents.paths[number], "it is not known here")
         late = [keyword for keyword in ("unevaluatedItems", "unevaluatedProperties") if keyword in schema and not old]
         sees = sign and (track or bool(late))
         found: list[Values] = []
@@ -138,3 +159,5 @@ class Meaning:
 NEWER = {"prefixItems", "dependentRequired", "dependentSchemas", "$dynamicRef", "minContains", "maxContains"}
 OLDER = {"additionalItems"}
 INSIDE = LOGIC | APPLICATORS
+MOST_SIMPLE = 4096
+SIMPLE: dict[tuple[Any, ...], Values] = {}

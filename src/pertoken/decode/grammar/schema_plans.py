@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import product as every
 
 from pertoken.decode.grammar.ir import Lit, Node, seq
+from pertoken.decode.grammar.json_text import spelling
 from pertoken.decode.grammar.schema_applicators import opposite
 from pertoken.decode.grammar.schema_documents import TRUE, Conj, Unsupported
 from pertoken.decode.grammar.schema_meaning import Meaning
@@ -178,7 +179,7 @@ def members(
             plan.steps.append(Step(here, Lit(b""), None, plan.state((i + 1, count, flags))))
         if conj is not None:
             to = plan.state((i + 1, min(count + 1, top), flags | found))
-            written = Lit(json.dumps(name, ensure_ascii=False).encode())
+            written = Lit(spelling(name))
             plan.steps.append(Step(here, seq(lead, written, colon), conj, to))
     return plan
 

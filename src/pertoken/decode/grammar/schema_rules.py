@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 from pertoken.core.errors import BadRequest
 from pertoken.decode.grammar.automaton import Automaton
 from pertoken.decode.grammar.ir import EMPTY, Graph, Lit, Node, Ref, Repeat, alt, byte_set, literals, seq
-from pertoken.decode.grammar.json_text import any_string, quoted, written
-from pertoken.decode.grammar.nfa import reached
+from pertoken.decode.grammar.json_text import any_string, quoted, spelling, written
+from pertoken.decode.grammar.nfa import spread
 from pertoken.decode.grammar.regex import node_of
 from pertoken.decode.grammar.regex_tree import Cat, Chars, Times, anchored
 from pertoken.decode.grammar.schema_documents import Conj
@@ -34,6 +33,7 @@ class Rules:
         self.rules: dict[str, Node] = {}
         self.scalars: dict[Text | Names | Automaton, Node] = {}
         self.known: list[str] = []
+        self.inline: dict[Conj, list[Node]] = {}
         self.gap: Node = Repeat(byte_set(b" \t\r\n"), 0, BLANKS) if blanks else Lit(b"")
         self.comma, self.colon = seq(self.gap, Lit(b","), self.gap), seq(self.gap, Lit(b":"), self.gap)
         self.plans: dict[Conj, list[tuple[bool, Plan]]] = {}
@@ -48,7 +48,7 @@ class Rules:
         for conj, plans in self.plans.items():
             if conj in alive:
                 self.rules[self._name(conj)] = alt(
-                    *self._scalars(self.meaning.of(conj)),
+                    *self._scalars(conj),
                     *(self._wrapped(is_object, plan, alive) for is_object, plan in plans),
                 )
         return self._name(root)
@@ -76,7 +76,7 @@ class Rules:
 
     def _alive(self) -> set[Conj]:
         """Schemas that some finite value matches."""
-        alive = {conj for conj in self.plans if any(True for _ in self._scalars(self.meaning.of(conj)))}
+        alive = {conj for conj in self.plans if self._scalars(conj)}
         changed = True
         while changed:
             changed = False
@@ -90,7 +90,7 @@ class Rules:
     def _live(plan: Plan, alive: set[Conj]) -> set[int]:
         """States that are on a way from the start to an end."""
         pairs = [(step.at, step.to) for step in plan.steps if step.conj is None or step.conj in alive]
-        live = reached(pairs, [0]) & reached(((to, at) for at, to in pairs), plan.finals)
+        live = spread(pairs, [0]) & spread([(to, at) for at, to in reversed(pairs)], plan.finals)
         return live if 0 in live else set()
 
     def _wrapped(self, is_object: bool, plan: Plan, alive: set[Conj]) -> Node:
@@ -110,12 +110,18 @@ class Rules:
 
     def _value(self, conj: Conj) -> Node:
         """A value inside another: a scalar that is short to say stands there itself, any other is called."""
-        values = self.meaning.of(conj)
         if not self.plans[conj]:
-            return alt(*self._scalars(values))
+            return alt(*self._scalars(conj))
         return Ref(self._name(conj))
 
-    def _scalars(self, values: Values) -> Iterator[Node]:
+    def _scalars(self, conj: Conj) -> list[Node]:
+        """The scalars among the values that match."""
+        found = self.inline.get(conj)
+        if found is None:
+            found = self.inline[conj] = list(self._written(self.meaning.of(conj)))
+        return found
+
+    def _written(self, values: Values) -> Iterator[Node]:
         if values.null:
             yield Lit(b"null")
         for value, text in ((True, b"true"), (False, b"false")):
@@ -137,7 +143,7 @@ class Rules:
         if len(text.parts) == 1 and text.least == 0 and text.most is None:
             (part,) = text.parts
             if isinstance(part, Automaton) and part.listed is not None:
-                return literals(json.dumps(word, ensure_ascii=False).encode() for word in part.listed)
+                return literals(map(spelling, part.listed))
         return self._rule(text, string_node)
 
     def _key(self, names: Names) -> Node:

@@ -23,7 +23,7 @@ PARSE   6  parses = sets of (position, stack node): first in ITEM, number, flags
 ITEM    2  position, node
 NEXT    256  parse after a byte
 SPLIT   1  splits of positions, see `splits`
-MASK    1  finished masks
+MASK    1  masks that took long to find
 REPEATS 3  splits of repetitions: position, split, next of the same repetition (-1)
 
 The hash tables hold numbers plus one.
@@ -42,15 +42,15 @@ from pertoken.decode.grammar.compiled import kernel
 (PLACE_HASH, NODE_HASH, PARSE_HASH, WORK, FOUND, COLLECTED, PENDING, SEEN, PATH) = range(16, 25)
 TABLES = 25
 CAPACITY, USED, HEAD = 32, 64, 112
-REASON, DETAIL, ABOUT, MARKS, STAMP, ITEMS, CALLED, LEFT = range(96, 104)
+REASON, DETAIL, ABOUT, MARKS, STAMP, ITEMS, CALLED, LEFT, WALKED = range(96, 105)
 
 WIDTH = {STATE: 4, EDGE: 3, RULE: 4, COUNTED: 6, PLACE: 10, MOVE: 256, CALLS: 2, NODE: 4, LINK: 3, PARSE: 6, ITEM: 2}
 WIDTH |= {NEXT: 256, REPEATS: 3, PENDING: 5, COLLECTED: 2, SEEN: 2}
 MOST_ITEMS = 512  # a parse of more alternatives than this is given up
-STARTS = {STATE: 1024, EDGE: 2048, RULE: 128, COUNTED: 32, PLACE: 512, SET: 1024, MOVE: 64, CALLS: 256, NODE: 512}
-STARTS |= {LINK: 1024, PARSE: 512, ITEM: 1024, NEXT: 64, SPLIT: 4096, MASK: 4096, REPEATS: 16, PLACE_HASH: 1024}
-STARTS |= {NODE_HASH: 1024, PARSE_HASH: 1024, WORK: 4096, FOUND: 2048, PENDING: 512, PATH: 1024}
-STARTS |= {COLLECTED: MOST_ITEMS, SEEN: 4 * MOST_ITEMS}
+STARTS = {STATE: 2048, EDGE: 4096, RULE: 256, COUNTED: 64, PLACE: 2048, SET: 4096, MOVE: 512, CALLS: 1024, NODE: 2048}
+STARTS |= {LINK: 4096, PARSE: 2048, ITEM: 4096, NEXT: 1024, SPLIT: 1 << 16, MASK: 1 << 16, REPEATS: 64, WORK: 8192}
+STARTS |= {PLACE_HASH: 4096, NODE_HASH: 4096, PARSE_HASH: 4096, FOUND: 4096, PENDING: 512, PATH: 1024}
+FIXED = {COLLECTED: MOST_ITEMS, SEEN: 4 * MOST_ITEMS}
 HASHED = {PLACE: PLACE_HASH, NODE: NODE_HASH, PARSE: PARSE_HASH}
 HASHES = {PLACE: 6, NODE: 3, PARSE: 4}  # where in an entry its hash is
 
@@ -61,18 +61,28 @@ ENDS, LEAVES = 1, 2  # flags of parses: the sentence may end here; a parse from 
 INSIDE, ROOT = 0, 1  # stack nodes: below a parse that knows only its rule; below the root rule
 NO_ROW, NO_SPLIT, NO_MASK = -1, -1, -1
 MOST_ROWS = 8192  # rows of NEXT; then all are forgotten
+MOST_SPARE, LARGEST_SPARE = 4, 1 << 24  # blocks that are kept for the next grammar, and bytes of the largest of them
+SPARE: list[np.ndarray] = []
 
 
 class Tables:
-    """Allocates and grows the block. limit: bytes it may take."""
+    """Allocates and grows the block, or takes that of tables which are gone. limit: bytes it may take."""
 
     def __init__(self, limit: int = 1 << 28):
-        self.limit = limit
-        size, head = _empty()
+        self.limit, self.block = limit, np.zeros(0, np.int32)
+        size, head = _empty(limit)
         self._refuse_above(size)
-        self.block = np.zeros(size, np.int32)
-        self.block[: len(head)] = head
+        if SPARE and 4 * SPARE[-1].nbytes <= limit:
+            self.block = SPARE.pop()
+            clear(self.block)
+        else:
+            self.block = np.zeros(size, np.int32)
+            self.block[: len(head)] = head
         self.address = self.block.ctypes.data
+
+    def __del__(self) -> None:
+        if len(SPARE) < MOST_SPARE and 0 < self.block.nbytes <= LARGEST_SPARE:
+            SPARE.append(self.block)
 
     def view(self, table: int) -> np.ndarray:
         """The whole table, flat."""
@@ -127,23 +137,52 @@ class Tables:
             )
 
     def bytes(self) -> int:
-        return self.block.nbytes
+        """Memory that is in use."""
+        return 4 * int(self.block[USED : USED + PLACE_HASH].astype(np.int64) @ _widths()[:PLACE_HASH]) + 4 * sum(
+            int(self.block[CAPACITY + table]) * WIDTH.get(table, 1) for table in range(PLACE_HASH, TABLES)
+        )
 
 
 @cache
-def _empty() -> tuple[int, np.ndarray]:
-    """Size of a new block and how it begins, up to the nodes INSIDE and ROOT: no links, nothing to return to."""
+def _empty(limit: int) -> tuple[int, np.ndarray]:
+    """Size of a new block, at most a quarter of a limit if it can be, and how it begins, up to the nodes INSIDE and
+    ROOT: no links, nothing to return to."""
+    sizes = STARTS | FIXED
+    while 16 * _total(sizes) > limit and sizes[MOVE] > 64:
+        sizes = {table: max(size // 2, 16) for table, size in sizes.items()} | FIXED
     head, start = np.zeros(HEAD, np.int32), HEAD
     for table in (NODE, *(t for t in range(TABLES) if t != NODE)):
-        head[table], head[CAPACITY + table] = start, STARTS[table]
-        start += STARTS[table] * WIDTH.get(table, 1)
+        head[table], head[CAPACITY + table] = start, sizes[table]
+        start += sizes[table] * WIDTH.get(table, 1)
     head[USED + NODE] = 2
     return start, np.concatenate([head, np.array([0, 0, DEAD, 0] * 2, np.int32)])
+
+
+def _total(sizes: dict[int, int]) -> int:
+    return HEAD + sum(size * WIDTH.get(table, 1) for table, size in sizes.items())
 
 
 @cache
 def _widths() -> np.ndarray:
     return np.array([WIDTH.get(table, 1) for table in range(TABLES)], np.int64)
+
+
+@kernel
+def clear(block):
+    """Empty a block. What entries are made of is written with them, so that only numbers and hash tables are reset."""
+    for table in range(PLACE_HASH):
+        block[USED + table] = 0
+    for table in (PLACE_HASH, NODE_HASH, PARSE_HASH):
+        for i in range(block[CAPACITY + table]):
+            block[block[table] + i] = 0
+    for i in range(8):
+        block[block[NODE] + i] = DEAD if i % 4 == 2 else 0
+    block[USED + NODE] = 2
+    block[MARKS] = 0
+    if block[STAMP] > 1 << 30:
+        block[STAMP] = 0
+        for i in range(2 * block[CAPACITY + SEEN]):
+            block[block[SEEN] + i] = 0
 
 
 @kernel
