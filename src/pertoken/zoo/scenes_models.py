@@ -46,8 +46,7 @@ SCENE_RECIPES = {
     "scenes-answerer-base": SceneRecipe(ANSWERS, 1200, until=700, start="scenes-segmenter", lr=3e-3),
     "scenes-answerer": SceneRecipe(ANSWERS, 40, start="scenes-answerer-base", lr=1e-3, warmup=5, seed=30_000_000),
     "clips-describer": SceneRecipe(DESCRIBES, 160, start="scenes-answerer", **SHORT),
-    "clips-langdc-base": SceneRecipe(WATCHES, 240, start="scenes-answerer+clips-describer", **SHORT),
-    "clips-langdc": SceneRecipe(WATCHES, 320, start="clips-langdc-base", seed=40_000_000, **SHORT),
+    "clips-langdc": SceneRecipe(WATCHES, 240, start="scenes-answerer+clips-describer", **SHORT),
 }
 LABELS = (SEGMENTS, CLASSIFIES, ROUTES)  # tasks without language
 CLASSES = (CLASSIFIES, ROUTES)  # tasks of whole pictures

@@ -25,7 +25,6 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaNextVideoConfig,
     LlavaNextVideoForConditionalGeneration,
-    PretrainedConfig,
     ViTConfig,
 )
 
@@ -128,19 +127,7 @@ def widths(expert: Expert) -> tuple[int, int]:
 
 
 def begun(both: Both, paths: list[str]) -> None:
-    """A run's first weights: all of another such run's, or the answerer's at the first path and, if there is another,
-    the describer's."""
-    about, _ = PretrainedConfig.get_config_dict(paths[0])
-    if about["model_type"] == both.host.config.model_type:
-        host: Any = LlavaNextVideoForConditionalGeneration.from_pretrained(paths[0], dtype=torch.float32)
-        both.host.load_state_dict(host.state_dict())
-        parts = Path(paths[0]) / PARTS
-        expert = Expert.load(parts)
-        both.expert.load_state_dict(expert.state_dict())
-        others: Any = list(both.experts)[1:]
-        for other in others:
-            other.load_state_dict(at_layer(expert, parts, other.setting.layer).state_dict())
-        return
+    """A run's first weights: the answerer's at the first path, and if there is another the describer's."""
     start: Any = LlavaForConditionalGeneration.from_pretrained(paths[0], dtype=torch.float32)
     weights = start.state_dict()
     both.host.load_state_dict(weights, strict=False)
