@@ -238,8 +238,8 @@ def cache_directory() -> Path:
 def trained(
     recipe: StarRecipe, directory: Path | None = None, progress: Callable[[int, float], None] | None = None
 ) -> Any:
-    """The model of a recipe: the packaged one, or that in `directory` (default: the user's cache), trained and put there
-    if it is not."""
+    """The model of a recipe: the packaged one, or that in `directory` (default: the user's cache), trained and put
+    there if it is not."""
     about = json.dumps(asdict(recipe), sort_keys=True)
     name = f"star-{recipe.kind}-{hashlib.sha256(about.encode()).hexdigest()[:12]}"
     path = WEIGHTS / "star" / name
