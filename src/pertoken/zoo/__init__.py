@@ -18,8 +18,9 @@ def model_path(name: str) -> Path:
         if name in RECIPES | FILTERS | TUNINGS | SCENE_RECIPES:
             where = f"runs/{name}/model" if name in RECIPES | SCENE_RECIPES else f"runs/{name}"
             raise ValueError(
-                f"zoo model {name!r} has no weights here (some that only benchmarks read are in a checkout alone); train "
-                f"it with `pertoken zoo train {name} --out runs` and give the directory {where} instead of zoo:{name}"
+                f"zoo model {name!r} has no weights here (some that only benchmarks read are in a checkout alone); "
+                f"train it with `pertoken zoo train {name} --out runs` and give the directory {where} instead of "
+                f"zoo:{name}"
             )
         known = sorted(p.parent.name for p in WEIGHTS.glob("*/config.json"))
         raise ValueError(f"zoo model {name!r} is unknown; choose one of {', '.join(known) or '(none installed)'}")
