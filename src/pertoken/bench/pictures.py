@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -97,7 +97,7 @@ def vit_base(bench: Bench, size: int, attention: str = "sdpa") -> tuple[Any, Ten
     return bench.shared(("vit base", size, attention), make)
 
 
-def seconds(works: dict[str, Callable[[], object]], turns: int) -> dict[str, float]:
+def seconds(works: Mapping[str, Callable[[], object]], turns: int) -> dict[str, float]:
     """Median seconds of each piece of work; one warm-up, then all of them in turn."""
     found: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(turns + 1):
