@@ -15,8 +15,9 @@ random; then the routers alone, tau rising from 1 to 10 (the paper divides by ta
 
 Differs from the paper. The big blocks come from a trained model, and learn a low-rank change together with the small
 ones. "big" is chosen where its logit is ahead of the others by more than a threshold, which is set so that in training
-the share of big ones was the budget's; the paper's argmax is the threshold 0, and needs a router for each budget.
-Optimiser, alpha and tau are not printed in the paper.
+the share of big ones was the budget's; the paper's argmax is the threshold 0, and needs a router for each budget. The
+mean in the loss is over a batch, not over each text, so that texts may differ in their share. Optimiser, alpha and tau
+are not printed in the paper.
 
 What a router could reach is searched for in `oracle`. It loses at batch 1, where finding out who goes where takes as
 long as a small model's feed-forward block; attention is never saved; and where a model's head can read its middle

@@ -15,8 +15,9 @@ end_bias: added to the end token's logit, a dial of quality against cost that th
 token keeps the state of its end, so that a segment is never silent.
 
 Differs from the paper: its code gives the host embeddings of the caption's tokens, this the states of layer l, as the
-text says; there is a layer norm before post; the base stream is pooled before the host's projector, as the host itself
-does; one image encoder and no video encoder; batches of clips, any number of segments.
+text says, at the positions that carry a token both in decoding and in training (in its code's decoding at those that
+predict it, one earlier); there is a layer norm before post; the base stream is pooled before the host's projector, as
+the host itself does; one image encoder and no video encoder; batches of clips, any number of segments.
 
 It loses where the expert's sequential decoding costs more than the shorter prompt saves, which is so for small hosts,
 and on questions about what the description leaves out.
