@@ -21,7 +21,10 @@ with all gates open (log-odds 3). Without training there is no noise: a gate is 
 
 It differs from the paper where that is not known: tau = 1, the norm before the gates, weight and mu, one gate for each
 edge and token, heads that read all rows. An edge down is masked after its norm, so that a token that does not go down
-is 0 to its neighbours and not the norm's bias.
+is 0 to its neighbours and not the norm's bias. While gates learn, g multiplies each thing that a block
+adds to a token, not the stage's result as a whole: the same values, another gradient (to a closed gate, without the
+token's own features in the block's convolution). Biases of gates are moving averages like their weights. No edge goes
+down behind the last stages.
 
 It loses where a map is small: gathering and putting back cost as much as a few tokens of 24 or 32 numbers do, so fewer
 operations are not yet less time there. Keys of a stage are those of all tokens, so the first token of an image is the
