@@ -9,6 +9,7 @@ CONFIGS = {
     "diffusion": [{"is_causal": False}, {"is_causal": False, "stop_token_id": None}, {"model_type": "diffusion_gemma"}],
     "insertion": [{"is_causal": False, "stop_token_id": 0}],
     "image": [{"model_type": "vit"}, {"model_type": "clip_vision_model"}, {"model_type": "llava"}],
+    "video": [{"model_type": "llava_next_video"}],
 }
 
 
