@@ -17,9 +17,10 @@ from pertoken.core.errors import BadRequest
 from pertoken.core.trace import Trace
 from pertoken.depth.dit_routing import DiTRouting, budget_loss, cutoff_for
 from pertoken.depth.random_routing import RandomRouting
-from pertoken.depth.routing import keep_rates
+from pertoken.depth.routing import keep_rates, straight_through
 from pertoken.depth.static_routing import StaticRouting, affordable
 from pertoken.methods import load_methods
+from pertoken.models.edges import Map
 from pertoken.models.grid import GridClassifier, GridConfig, costs, grid_of
 from tests.depth.grids import base, grid, images, naive
 
@@ -353,3 +354,12 @@ def test_every_pair_is_refused_in_one_sentence():
         with attach(model, first), pytest.raises(ValueError, match="both decide routes"), attach(model, second):
             pass
     assert fingerprint(model) == before
+
+
+def test_learning_decisions_are_exactly_0_and_1_and_open_tokens_share_what_the_first_one_costs():
+    odds = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    here = Map(torch.zeros(3, 50, 4), torch.ones(3, 50, dtype=torch.bool), (5, 10), True)
+    made = straight_through(odds > 0, odds, here)
+    assert torch.equal(made, (odds > 0).float())
+    made.amax(-1).sum().backward()
+    assert odds.grad is not None and torch.equal(odds.grad != 0, odds > 0)

@@ -142,7 +142,7 @@ def straight_through(hard: Tensor, odds: Tensor | None, here: Map) -> Tensor:
     if odds is None:
         return made
     soft = odds.sigmoid().to(made.dtype) * here.live
-    return made + soft - soft.detach()
+    return made + (soft - soft.detach())  # in this order exactly 0 or 1, so that a maximum has all open ones as equals
 
 
 def surest(score: Tensor, valid: Tensor, count: Tensor) -> Tensor:
