@@ -27,6 +27,7 @@ from pertoken.depth.skipdecode import SkipDecode
 from pertoken.models.adapter import adapter_for
 from tests.depth import naive
 from tests.depth.conftest import model_of, rows
+from tests.depth.reading import continued
 
 OPTIONS = ("big", "small", "skip")
 INNER = 5
@@ -88,23 +89,6 @@ class Twin:
 def logits(model, ids, mask, **options):
     with torch.no_grad():
         return model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), **options).logits
-
-
-def continued(model, ids, mask, cut):
-    """Logits of the columns up to `cut` at once, and then of one column at a time."""
-    found, cache = [], None
-    for start, stop in [(0, cut), *((i, i + 1) for i in range(cut, ids.shape[1]))]:
-        with torch.no_grad():
-            out = model(
-                ids[:, start:stop],
-                attention_mask=mask[:, :stop],
-                position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, start:stop],
-                past_key_values=cache,
-                use_cache=True,
-            )
-        cache = out.past_key_values
-        found.append(out.logits)
-    return torch.cat(found, 1)
 
 
 @pytest.mark.parametrize("options", [2, 3])

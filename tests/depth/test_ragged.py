@@ -16,6 +16,7 @@ from pertoken.decode.full import Full
 from pertoken.depth.layers import LayerPolicy
 from tests.depth import naive
 from tests.depth.conftest import model_of, rows
+from tests.depth.reading import continued, logits
 
 
 def hashed(position, layer, seed):
@@ -60,27 +61,6 @@ class Whole:
 
     def __exit__(self, *error):
         self.monkeypatch.undo()
-
-
-def logits(model, ids, mask, **options):
-    return model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), **options).logits
-
-
-def continued(model, ids, mask, cut):
-    """Logits of the columns up to `cut` at once, and then of one column at a time."""
-    found, cache = [], None
-    with torch.inference_mode():
-        for start, stop in [(0, cut), *((i, i + 1) for i in range(cut, ids.shape[1]))]:
-            out = model(
-                ids[:, start:stop],
-                attention_mask=mask[:, :stop],
-                position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, start:stop],
-                past_key_values=cache,
-                use_cache=True,
-            )
-            cache = out.past_key_values
-            found.append(out.logits)
-    return torch.cat(found, 1)
 
 
 @pytest.mark.parametrize("policy", [Scattered(), Dwindling()], ids=["carried", "none"])

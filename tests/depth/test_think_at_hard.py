@@ -24,6 +24,7 @@ from pertoken.depth.think_at_hard import ThinkAtHard, oracle_passes
 from pertoken.models.adapter import adapter_for
 from tests.contract.conftest import VOCABULARY
 from tests.depth.conftest import model_of, rows
+from tests.depth.reading import continued, logits
 
 NEW = 8
 
@@ -61,27 +62,6 @@ def split(model, judge, ids, mask):
     middle = ordered[len(ordered) // 4 : -len(ordered) // 4]
     at = int((middle[1:] - middle[:-1]).argmax())
     return float(middle[at : at + 2].mean())
-
-
-def logits(model, ids, mask, **options):
-    return model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), **options).logits
-
-
-def continued(model, ids, mask, cut):
-    """Logits of the columns up to `cut` at once, and then of one column at a time."""
-    found, cache = [], None
-    with torch.inference_mode():
-        for start, stop in [(0, cut), *((i, i + 1) for i in range(cut, ids.shape[1]))]:
-            out = model(
-                ids[:, start:stop],
-                attention_mask=mask[:, :stop],
-                position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, start:stop],
-                past_key_values=cache,
-                use_cache=True,
-            )
-            cache = out.past_key_values
-            found.append(out.logits)
-    return torch.cat(found, 1)
 
 
 class Keys:

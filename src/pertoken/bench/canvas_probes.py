@@ -18,13 +18,6 @@ AXES: tuple[Axis, ...] = ("heads", "keys")
 WINDOW, EVERY = 16, 8  # of the sliding block; steps between two comparisons of what may be reused
 
 
-def correlation(a: Tensor, b: Tensor) -> float:
-    """Spearman's, ties in order."""
-    ranks = [x.flatten().argsort().argsort().double() for x in (a, b)]
-    one, other = (r - r.mean() for r in ranks)
-    return float((one * other).sum() / (one.norm() * other.norm()))
-
-
 @dataclass
 class Probe(Watch):
     """Runs the rule's narrow forward, asks for everything from layer 0, and notes what the narrow one did not know.

@@ -23,6 +23,7 @@ from pertoken.bench.claims import Bench, Measurement, claim
 from pertoken.core.attach import attach
 from pertoken.core.budget import Budget
 from pertoken.core.cost import count_flops
+from pertoken.core.estimates import spearman
 from pertoken.core.trace import Trace
 from pertoken.depth.dit_routing import DiTRouting, cutoff_for
 from pertoken.depth.random_routing import RandomRouting
@@ -337,7 +338,7 @@ def ground_is_cheap(bench: Bench) -> Measurement:
 def follows_the_scene(bench: Bench) -> Measurement:
     spent = side(bench, ROUTED, DiTRouting()).spent.tolist()
     things = [float(len(one.things)) for one in scenes(bench)[2]]
-    return Measurement(pictures.spearman(things, spent), "no relation", 0.0, len(things))
+    return Measurement(spearman(things, spent), "no relation", 0.0, len(things))
 
 
 @claim(

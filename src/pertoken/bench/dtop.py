@@ -10,6 +10,7 @@ from pertoken.bench import pictures
 from pertoken.bench.claims import Bench, Measurement, claim
 from pertoken.core.attach import attach
 from pertoken.core.budget import Budget
+from pertoken.core.estimates import spearman
 from pertoken.reduce.dtop import DToP
 from pertoken.reduce.random_finalising import RandomFinalising
 from pertoken.zoo.scenes_models import SCENE_RECIPES
@@ -124,7 +125,7 @@ def fine_tuning_matters(bench: Bench) -> Measurement:
 def follows_the_scene(bench: Bench) -> Measurement:
     ours = found(bench, pictures.TUNED, POLICY)
     things = list(map(float, pictures.held(bench).things))
-    return Measurement(pictures.spearman(things, list(map(float, ours.counts))), "no relation", 0.0, len(things))
+    return Measurement(spearman(things, list(map(float, ours.counts))), "no relation", 0.0, len(things))
 
 
 @claim(

@@ -26,7 +26,7 @@ from pertoken.core.attach import attach
 from pertoken.core.budget import Budget
 from pertoken.core.cost import count_flops
 from pertoken.core.decision import Depth
-from pertoken.core.estimates import difference, interval
+from pertoken.core.estimates import difference, interval, spearman
 from pertoken.core.policy import Policy
 from pertoken.core.trace import Trace
 from pertoken.decode.lossless import lossless
@@ -401,12 +401,6 @@ def difficulty(bench: Bench) -> Measurement:
     help_ = small - found.oracle()[found.valid]
     rho = {"all big": spearman(whole, help_), "all small": spearman(small, help_)}
     return Measurement(rho["all big"], "equal ranks", 1.0, len(whole), {"with the loss of": rho})
-
-
-def spearman(one: Tensor, other: Tensor) -> float:
-    """Rank correlation of two lists without ties."""
-    ranks = torch.stack([x.argsort().argsort().double() for x in (one, other)])
-    return float(torch.corrcoef(ranks)[0, 1])
 
 
 @claim(

@@ -12,6 +12,7 @@ from pertoken.bench import pictures
 from pertoken.bench.claims import Bench, Measurement, claim
 from pertoken.core.attach import attach
 from pertoken.core.budget import Budget
+from pertoken.core.estimates import spearman
 from pertoken.reduce.compact import CompactLayer
 from pertoken.reduce.dymu import DyMU
 from pertoken.reduce.language import REPORT
@@ -68,7 +69,7 @@ def calibrated(bench: Bench) -> Measurement:
 def follows_the_scene(bench: Bench) -> Measurement:
     counts = found(bench, DyMU(HALF, thresholds(bench))).counts
     things = list(map(float, pictures.held(bench).things))
-    return Measurement(pictures.spearman(things, list(map(float, counts))), "no relation", 0.0, len(things))
+    return Measurement(spearman(things, list(map(float, counts))), "no relation", 0.0, len(things))
 
 
 @claim(

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from pertoken.bench import diffusion, suite
-from pertoken.bench.canvas_probes import AXES, WINDOW, Compared, Probe, Probed, calibrated, correlation
+from pertoken.bench.canvas_probes import AXES, WINDOW, Compared, Probe, Probed, calibrated
 from pertoken.bench.claims import Bench, Measurement, claim
 from pertoken.bench.diffusion import Output, Point, Task
+from pertoken.core.estimates import spearman
 from pertoken.denoise.dual_cache import DualCache
 from pertoken.denoise.elastic_cache import ElasticCache
 from pertoken.denoise.ends import EndOfText
@@ -130,7 +131,7 @@ def monotone(bench: Bench) -> Measurement:
 )
 def agreement_rises(bench: Bench) -> Measurement:
     found = sweep(bench, "elastic_cache")
-    value = correlation(torch.tensor([dial for dial, _, _ in found]), torch.tensor([p.agreement for *_, p in found]))
+    value = spearman(torch.tensor([dial for dial, _, _ in found]), torch.tensor([p.agreement for *_, p in found]))
     return Measurement(value, "none", 0.0, len(found), table(bench, "elastic_cache"))
 
 
@@ -269,7 +270,7 @@ def notes(bench: Bench) -> dict[str, Tensor]:
 def deeper_drifts_more(bench: Bench) -> Measurement:
     drift = notes(bench)["reused"]
     depth, count = drift.shape
-    found = [correlation(torch.arange(1, depth), drift[1:, step]) for step in range(count)]
+    found = [spearman(torch.arange(1, depth), drift[1:, step]) for step in range(count)]
     detail = {"1 - cosine, by layer": drift.mean(-1)}
     return Measurement(mean(found), "none", 0.0, count, detail)
 
@@ -311,7 +312,7 @@ def heads_or_keys(bench: Bench) -> Measurement:
     good = drift.isfinite().all(0) & found["heads"].isfinite().all(0)
 
     def ranks(axis: str) -> float:
-        return mean(correlation(1 - found[axis][layer, good], drift[layer, good]) for layer in range(1, len(drift)))
+        return mean(spearman(1 - found[axis][layer, good], drift[layer, good]) for layer in range(1, len(drift)))
 
     detail = {
         "gamma for a refresh share of a tenth": {axis: calibrated(found[axis][:, good], 0.1) for axis in AXES},

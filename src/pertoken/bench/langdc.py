@@ -14,6 +14,7 @@ from pertoken.bench.claims import Bench, Measurement, claim
 from pertoken.core.attach import attach
 from pertoken.core.budget import Budget
 from pertoken.core.cost import count_flops
+from pertoken.core.estimates import spearman
 from pertoken.models.llava import VIDEO, Llava
 from pertoken.reduce.clips import Clips
 from pertoken.reduce.expert import Expert
@@ -119,9 +120,9 @@ def follows_the_clip(bench: Bench) -> Measurement:
     }
     detail = {
         "mean tokens by things": by_things,
-        "with things alone": pictures.spearman(things, list(map(float, tokens))),
+        "with things alone": spearman(things, list(map(float, tokens))),
     }
-    return Measurement(pictures.spearman(events, list(map(float, tokens))), "no relation", 0.0, len(made), detail)
+    return Measurement(spearman(events, list(map(float, tokens))), "no relation", 0.0, len(made), detail)
 
 
 @claim(

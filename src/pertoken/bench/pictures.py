@@ -120,15 +120,3 @@ def at_length(model: Any, pixels: Tensor, lengths: list[int]) -> Callable[[], ob
         model.layernorm(hidden)
 
     return work
-
-
-def spearman(one: list[float], other: list[float]) -> float:
-    """Rank correlation, ties at their mean rank."""
-
-    def ranks(values: list[float]) -> Tensor:
-        x = torch.tensor(values, dtype=torch.float64)
-        return ((x[:, None] > x).sum(1) + ((x[:, None] == x).sum(1) - 1) / 2).double()
-
-    a, b = ranks(one), ranks(other)
-    a, b = a - a.mean(), b - b.mean()
-    return float((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-12))

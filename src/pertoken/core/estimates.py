@@ -1,4 +1,4 @@
-"""Estimates with their uncertainty: bootstrap intervals over tasks, and pass@k."""
+"""Estimates with their uncertainty: bootstrap intervals over tasks, and pass@k; rank correlation."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from math import comb
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 ROUNDS = 2000
 
@@ -27,6 +28,18 @@ def difference(one: Sequence[float], other: Sequence[float], level: float = 0.95
     if len(one) != len(other):
         raise ValueError(f"paired values must be as many on both sides, not {len(one)} and {len(other)}")
     return interval(np.asarray(one, dtype=float) - np.asarray(other, dtype=float), level, seed)  # type: ignore[arg-type]
+
+
+def spearman(one: ArrayLike, other: ArrayLike) -> float:
+    """Rank correlation of as many numbers on both sides, ties at their mean rank; 0 where a side is constant."""
+
+    def ranks(values: ArrayLike) -> np.ndarray:
+        _, place, counts = np.unique(np.ravel(values), return_inverse=True, return_counts=True)
+        rank = (counts.cumsum() - (counts + 1) / 2)[np.ravel(place)]
+        return rank - rank.mean()
+
+    a, b = ranks(one), ranks(other)
+    return float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12))
 
 
 def pass_at(k: int, passed: int, samples: int) -> float:
