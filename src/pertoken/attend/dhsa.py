@@ -47,6 +47,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pertoken.attend.boundaries import Boundaries, accepted, no_longer
+from pertoken.attend.history import still, taken
 from pertoken.attend.key_view import KeyView
 from pertoken.attend.places import Places
 from pertoken.attend.selection import KeyPolicy
@@ -190,7 +191,7 @@ class DHSA(KeyPolicy):
         """Chunks of the prompt: begin and stop `[batch, chunk]`, key `[batch, group, chunk, dim]`; in a forward that
         extends it sums `[batch, group, place + 1, dim]` too. Those of the first `known` places `[batch]` are kept."""
         state = view.state
-        if state.get("prompt") is view.prompt and not places.extends:
+        if not places.extends and self.knows(view, places, view.prompt):
             return state["table"]
         length = places.order.shape[-1]
         begin = self.begins(view, places, length)
@@ -206,7 +207,16 @@ class DHSA(KeyPolicy):
         key = self.weighed(total, (stop - begin)[:, None, :, None]).float()
         kept = stop.minimum(known[:, None]).maximum(begin)
         state["prompt"], state["table"] = view.prompt, {"begin": begin, "stop": kept, "key": key}
+        state["last"] = taken(view.keys, places.ends(view.prompt))
         return {"begin": begin, "stop": stop, "key": key, "sums": sums} if places.extends else state["table"]
+
+    @staticmethod
+    def knows(view: KeyView, places: Places, prompt: Tensor) -> bool:
+        """Whether what is kept of this layer is of this prompt, and the rows still hold its keys."""
+        state = view.state
+        if state.get("prompt") is not prompt:
+            return False
+        return bool((still(view.keys, places.ends(prompt), state["last"]) | (prompt == 0)).all())
 
     def begins(self, view: KeyView, places: Places, length: int) -> Tensor:
         """`[batch, chunk]` where the prompt's chunks begin, ascending; `length` behind the last one."""
@@ -249,7 +259,7 @@ class DHSA(KeyPolicy):
             )
         net.to(view.keys.device)
         old = state.get("starts")
-        if old is None or state.get("prompt") is not view.prompt_before:
+        if old is None or not self.knows(view, places, view.prompt_before):
             old, before, new = view.valid.new_zeros(len(view.prompt), 0), torch.zeros_like(view.prompt), length
         else:
             before, new = view.prompt_before, min(places.fresh, length)

@@ -37,8 +37,7 @@ class Mark:
 
     def holds(self, view: KeyView) -> Tensor:
         """`[batch]` bool: which rows still hold these keys. As many rows as there were."""
-        same = (_keys(view, self.column) == self.keys).flatten(1).all(-1)
-        return same & (self.column < view.keys.shape[2])
+        return (_keys(view, self.column) == self.keys).flatten(1).all(-1) & (self.column < view.keys.shape[2])
 
     def put(self, rows: Tensor, other: Mark) -> Mark:
         """With `rows` `[n]` as they are in `other`."""
@@ -47,7 +46,22 @@ class Mark:
         return Mark(column, keys)
 
 
+def ends(prompt: Tensor) -> Tensor:
+    """`[batch, MARKED]` the places of the last tokens of prompts of so many tokens `[batch]`."""
+    return (prompt[:, None] + torch.arange(-MARKED, 0, device=prompt.device)).clamp(min=0)
+
+
+def taken(keys: Tensor, columns: Tensor) -> Tensor:
+    """`[batch, n, kv_heads, dim]` of keys `[batch, kv_heads, key, dim]` those at `columns` `[batch, n]`, the last one
+    for what lies beyond it."""
+    rows = torch.arange(len(columns), device=columns.device)[:, None]
+    return keys.detach()[rows, :, columns.clamp(0, keys.shape[2] - 1)]
+
+
+def still(keys: Tensor, columns: Tensor, then: Tensor) -> Tensor:
+    """`[batch]` bool: whether the keys of a row at its columns are, bit by bit, what was `taken` then."""
+    return (taken(keys, columns) == then).flatten(1).all(-1)
+
+
 def _keys(view: KeyView, column: Tensor) -> Tensor:
-    back = torch.arange(MARKED, device=column.device) - MARKED + 1
-    where = (column[:, None] + back).clamp(0, view.keys.shape[2] - 1)
-    return view.keys.detach()[torch.arange(len(column), device=column.device)[:, None], :, where]
+    return taken(view.keys, column[:, None] + torch.arange(MARKED, device=column.device) - MARKED + 1)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pertoken.attend.history import ends
 from pertoken.attend.key_view import KeyView
 from pertoken.attend.sight import packed
 
@@ -49,3 +50,7 @@ class Places:
         runs see."""
         order = self.order[:, None, : places.shape[2]].expand(-1, places.shape[1], places.shape[2], -1)
         return order.gather(-1, places.clamp(0, order.shape[-1] - 1)).clamp(min=0)
+
+    def ends(self, prompt: Tensor) -> Tensor:
+        """The columns `[batch, n]` of the last tokens of prompts of so many tokens `[batch]`."""
+        return self.columns(ends(prompt)[:, None, None])[:, 0, 0]

@@ -30,6 +30,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from pertoken.attend.aside import Aside
+from pertoken.attend.history import ends, still, taken
 from pertoken.attend.kept import layer_bytes
 from pertoken.attend.key_view import KeyView
 from pertoken.attend.reader import Reader, check_keys, readable
@@ -224,7 +225,7 @@ class Reading(Reader):
         near = self.sight(mask, query, key)
         sight = near.on(key.device)  # offloaded keys are chosen where they lie
         if sight.prompt is None:
-            sight.prompt = self.prompt(sight)
+            sight.prompt = self.prompt(sight, key)
         runs = sight.runs(1 if self.tree else self.policy.run)
         kept = runs.kept(self.policy.sinks, self.policy.recent, self.policy.each)
         whole = not self.attachment.taped and not self.policy.leaves_out(kept) and not self.policy.adds(layer)
@@ -271,17 +272,26 @@ class Reading(Reader):
             states[layer] = {}
         return states.setdefault(layer, {})
 
-    def prompt(self, sight: Sight) -> tuple[Tensor, Tensor]:
-        """`[batch]` tokens of the prompt now, and before this forward: see `KeyView`."""
+    def prompt(self, sight: Sight, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """`[batch]` tokens of the prompt now, and before this forward: see `KeyView`. Rows of the cache that are not
+        the text that they were, as some were dropped, reordered or taken back, are a prompt up to here. keys `[batch,
+        kv_heads, key, dim]`: of the first layer that asks."""
         state = self.attachment.state
         if sight.begins:
             state.pop(SITE, None)
-        before: Tensor | None = state.get(PROMPT)
-        if before is None or sight.begins:
-            before = (sight.filled.sum(-1) - sight.real.sum(-1)).clamp(min=0) * (not self.tree)
-        text = sight.queries > 1 or sight.begins
-        now = sight.filled.sum(-1) if text and not self.tree else before
-        state[PROMPT] = now
+            state.pop(PROMPT, None)
+        rank, real = sight.filled.cumsum(-1), sight.real.sum(-1)
+        everything = (rank[:, -1] - real).clamp(min=0) * (not self.tree)
+        columns = lambda prompt: torch.searchsorted(rank, ends(prompt) + 1)  # noqa: E731
+        before, held = everything, state.get(PROMPT)
+        if held is not None and len(held["tokens"]) == len(keys):
+            prompt = held["tokens"]
+            known = (prompt == 0) | (still(keys, columns(prompt), held["keys"]) & (prompt <= rank[:, -1]))
+            before = prompt if bool(known.all()) else torch.where(known, prompt, everything)
+        extends = not self.tree and (sight.queries > 1 or sight.begins)
+        now = rank[:, -1] if extends else before
+        if held is None or now is not held["tokens"]:
+            state[PROMPT] = {"tokens": now, "keys": taken(keys, columns(now))}
         return now, before
 
 
