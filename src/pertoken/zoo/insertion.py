@@ -19,7 +19,8 @@ cross-entropy with [n = 0]. Thus an insertion model is a plain `LlamaForCausalLM
 
 What differs from the paper: that stop head (there: a feed-forward block and two classes); slots behind given tokens are
 left out of the softmax, as they are in decoding; the output matrix is tied to the embedding; levels n / T are spread
-evenly over a batch.
+evenly over a batch. n = 0 has a chance of only 1 / (T + 1), too rare for the stop head of long rows: in a share `few`
+of the rows the level is taken to the power FEW, which makes that chance (T + 1)^(-1 / FEW).
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from pertoken.zoo.rows import Rows
 WHOLE = 0.3  # share of text rows that are open from end to end; the others have one to three open spans
 SPANS = (1.0, 0.35, 0.35)  # chance of each of them
 MULTIPLE = 64  # rows are padded to a multiple of this, so that few shapes are compiled
+FEW = 4.0
 LEVELS = (0.1, 0.5, 0.9)  # shares of missing tokens at which held-out text is judged
 
 
@@ -122,10 +124,11 @@ def insertion_losses(
     return losses, F.binary_cross_entropy_with_logits(stops, done, reduction="none"), scores
 
 
-def spread_levels(rows: int, generator: torch.Generator) -> Tensor:
-    """`[row]` levels in [0, 1), evenly spread from a random start, in random order."""
+def spread_levels(rows: int, generator: torch.Generator, few: float = 0.0) -> Tensor:
+    """`[row]` levels in [0, 1), evenly spread from a random start, in random order; low ones in a share `few`."""
     levels = (torch.rand(1, generator=generator) + torch.arange(rows) / rows) % 1.0
-    return levels[torch.randperm(rows, generator=generator)]
+    levels = levels[torch.randperm(rows, generator=generator)]
+    return torch.where(torch.arange(rows) < round(few * rows), levels**FEW, levels)
 
 
 class Insertion(Objective):
@@ -174,7 +177,7 @@ class Insertion(Objective):
     def loss(self, batch: np.ndarray, step: int, generator: torch.Generator) -> tuple[Tensor, float]:
         rows = torch.from_numpy(batch.astype(np.int64))
         total, shown, count = torch.zeros(()), 0.0, 0
-        for short in self.parts(rows, spread_levels(len(rows), generator), generator):
+        for short in self.parts(rows, spread_levels(len(rows), generator, self.recipe.few), generator):
             losses, stops, _ = insertion_losses(self.forward(short.ids, short.bias), self.head, short, self.end)
             total = total + (losses.sum() + stops.sum()) / len(rows)
             shown, count = shown + float(losses.detach().sum()), count + int((short.missing > 0).sum())

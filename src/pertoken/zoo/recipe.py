@@ -74,6 +74,7 @@ class Recipe:
     objective: str = "next_token"
     answers: float = 0.4
     tests: float = 0.3
+    few: float = 0.0
     lengths: tuple[tuple[int, float], ...] = ()
     layers: str = "dense"
     keys: int = 0
@@ -120,6 +121,9 @@ def _answering(objective: str, start: str, batch: int = 20, length: int = 192) -
     )
 
 
+INSERTION = replace(_answering("insertion", "code-target", batch=26, length=188), answers=0.4, tests=0.3)
+"""What inserts. Rows of even levels hardly ever lack nothing, and a model of these never stops: in a second stage
+half of the rows lack few tokens or none."""
 RECALL = Recipe(
     Shape(layers=4, width=128, heads=4, kv_heads=2, ffn=256, positions=32_768, rope_theta=1e10),
     objective="recall",
@@ -202,8 +206,15 @@ class Zoo:
             "code-diffusion": _answering("masked", "code-diffusion-base"),
             "code-twin-base": _base("answering"),
             "code-twin": _answering("answering", "code-twin-base"),
+            "code-insertion-base": INSERTION,
             "code-insertion": replace(
-                _answering("insertion", "code-target", batch=26, length=188), answers=0.4, tests=0.3
+                INSERTION,
+                start="code-insertion-base",
+                tokenizer="code-target",
+                few=0.5,
+                steps=700,
+                lr=2e-3,
+                embedding_lr=1e-3,
             ),
             "recall-base": RECALL,
             "recall": RECALL_LONG,

@@ -80,7 +80,7 @@ def make_tokenizer(directory: Path, recipe: Recipe) -> Tokenizer:
     path = directory / "tokenizer.json"
     if not path.exists():
         directory.mkdir(parents=True, exist_ok=True)
-        if (parent := recipe.teacher or recipe.start or recipe.tokenizer) is not None:
+        if (parent := recipe.tokenizer or recipe.teacher or recipe.start) is not None:
             shutil.copy(model_path(parent) / "tokenizer.json", path)
         else:
             texts = [] if recipe.shape.vocab == corpus.BYTES else list(corpus.split_texts("train").values())
