@@ -1,5 +1,6 @@
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -84,6 +85,17 @@ def test_claims_keep_their_order_and_are_said_once(toy):
 
         @toy("first in the alphabet")
         def c(bench): ...
+
+
+def test_one_function_with_other_values_claims_other_things(toy):
+    def measure(bench, size): ...
+
+    toy("small")(partial(measure, size=1))
+    toy("large")(partial(measure, size=2))
+    toy("small")(partial(measure, size=1))  # as when its module is loaded again
+    assert [one.claim for one in claims_of("toy")] == ["small", "large"]
+    with pytest.raises(ValueError, match="already claims 'small'"):
+        toy("small")(partial(measure, size=2))
 
 
 def test_malformed_claims_are_refused(toy):

@@ -16,6 +16,7 @@ import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
@@ -195,14 +196,20 @@ def claim(
 
     def register(measure: Callable[[Bench], Measurement]) -> Callable[[Bench], Measurement]:
         known = _CLAIMS.get((method, claim))
-        if known is not None and known.measure.__qualname__ != measure.__qualname__:
-            raise ValueError(
-                f"{method} already claims {claim!r} in {known.measure.__qualname__}; say it in other words"
-            )
+        if known is not None and _origin(known.measure) != _origin(measure):
+            raise ValueError(f"{method} already claims {claim!r} in {_origin(known.measure)}; say it in other words")
         _CLAIMS[method, claim] = Claim(method, claim, metric, expected, compare, measure, shown)
         return measure
 
     return register
+
+
+def _origin(measure: Callable[..., Any]) -> str:
+    """Where a claim's function was written, the same when its module is loaded again; of a partial one with the values
+    that were filled in."""
+    if isinstance(measure, partial):
+        return f"{_origin(measure.func)} of {measure.args} and {measure.keywords}"
+    return measure.__qualname__
 
 
 def stem(name: str) -> str:

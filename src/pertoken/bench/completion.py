@@ -179,7 +179,7 @@ def _with(weights: str) -> Callable[[Bench], Any]:
 
 def _duo(bench: Bench) -> tuple[Any, Any]:
     """The model beside which small blocks and routers were trained, and these."""
-    from pertoken.bench.duo_llm import tuned as routed
+    from pertoken.bench.duo_runs import tuned as routed
 
     return routed(bench)
 

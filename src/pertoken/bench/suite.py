@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from pertoken.bench.claims import Bench, Measurement
+from pertoken.core.attach import attach
+from pertoken.core.policy import Policy
 
 TARGET, DRAFT = "code-target", "code-draft"
 FAMILIES = ("llama", "qwen3", "gpt2", "mistral", "gemma")
@@ -250,6 +252,39 @@ def race(groups: dict[str, list[Side]], batches: list[dict[str, Tensor]], trial:
         name: {"setting": chosen[name].name, "tokens_per_second": statistics.median(values), "all": values}
         for name, values in speeds.items()
     }
+
+
+def batches(bench: Bench, size: int, count: int) -> list[dict[str, Tensor]]:
+    """So many batches of held-out prompts, which begin again behind the 160th."""
+    prompts = texts(bench, 200, 200)
+    return [pair(bench).batch(prompts[i * size % 160 :][:size]) for i in range(count)]
+
+
+def attached(model: Any, policy: Policy, work: Callable[[dict[str, Tensor]], Tensor]) -> Callable[..., Tensor]:
+    """The work of a side with a policy on its model."""
+
+    def ours(inputs: dict[str, Tensor]) -> Tensor:
+        with attach(model, policy):
+            return work(inputs)
+
+    return ours
+
+
+def race_attached(
+    model: Any,
+    policy: Policy,
+    plain: Callable[[dict[str, Tensor]], Tensor],
+    inputs: list[dict[str, Tensor]],
+    names: tuple[str, str],
+    setting: str | None = None,
+) -> Measurement:
+    """Tokens per second with the policy on the model over those without it, in turn on all batches but the first.
+
+    names: the method's and the baseline's; setting: the policy's name in the detail, the method's unless given.
+    """
+    method, baseline = names
+    ours = Side(setting or method, attached(model, policy, plain))
+    return ratio_of(race({method: [ours], baseline: [Side(baseline, plain)]}, inputs, trial=1), method, baseline)
 
 
 def ratio_of(results: dict[str, dict[str, Any]], method: str, baseline: str) -> Measurement:

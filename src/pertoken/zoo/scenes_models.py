@@ -32,17 +32,17 @@ from pertoken.zoo.pictures import Pictures, Scenes
 from pertoken.zoo.scene_recipe import ANSWERS, CLASSIFIES, DESCRIBES, HELD, ROUTES, SEGMENTS, WATCHES, SceneRecipe
 from pertoken.zoo.scenes import SHAPES, batch
 
-GRID: dict[str, Any] = {"width": 20, "lr": 1.5e-3, "batch": 16}
+GRID: dict[str, Any] = {"width": 20, "lr": 2e-3}
 SHORT: dict[str, Any] = {"batch": 16, "lr": 3e-3, "warmup": 20, "save_every": 40}
 SCENE_RECIPES = {
     "scenes-segmenter": SceneRecipe(SEGMENTS, 600),
     "scenes-segmenter-dtop": SceneRecipe(SEGMENTS, 150, start="scenes-segmenter", threshold=0.95, lr=5e-4),
     "scenes-classifier": SceneRecipe(CLASSIFIES, 600),
-    "scenes-pvt": SceneRecipe(ROUTES, 900, routes="diagonal", width=20, lr=3e-3),
-    "scenes-grid": SceneRecipe(ROUTES, 300, start="scenes-pvt", **GRID),
-    "scenes-grid-routed": SceneRecipe(ROUTES, 300, start="scenes-grid", routes="dit", **GRID),
-    "scenes-grid-static": SceneRecipe(ROUTES, 300, start="scenes-grid", routes="static", **GRID),
-    "scenes-grid-random": SceneRecipe(ROUTES, 300, start="scenes-grid-routed", routes="random", **GRID),
+    "scenes-pvt": SceneRecipe(ROUTES, 2000, routes="diagonal", width=20, lr=3e-3),
+    "scenes-grid": SceneRecipe(ROUTES, 600, start="scenes-pvt", **GRID),
+    "scenes-grid-routed": SceneRecipe(ROUTES, 900, start="scenes-grid", routes="dit", **GRID),
+    "scenes-grid-static": SceneRecipe(ROUTES, 900, start="scenes-grid", routes="static", **GRID),
+    "scenes-grid-random": SceneRecipe(ROUTES, 900, start="scenes-grid-routed", routes="random", **GRID),
     "scenes-answerer-base": SceneRecipe(ANSWERS, 1200, until=700, start="scenes-segmenter", lr=3e-3),
     "scenes-answerer": SceneRecipe(ANSWERS, 40, start="scenes-answerer-base", lr=1e-3, warmup=5, seed=30_000_000),
     "clips-describer": SceneRecipe(DESCRIBES, 160, start="scenes-answerer", **SHORT),
