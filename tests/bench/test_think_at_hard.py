@@ -1,25 +1,13 @@
-"""What the claims of Think-at-Hard are made of: areas under curves, and which answer a token belongs to."""
+"""What the claims of Think-at-Hard are made of: which answer a token belongs to."""
 
 from __future__ import annotations
-
-import itertools
 
 import pytest
 import torch
 
-from pertoken.bench.think_at_hard import InAnswers, Side, Text, area
+from pertoken.bench.think_runs import InAnswers, Side, Text
 from pertoken.depth.deciders import ByChance
 from pertoken.depth.passes import PassView
-
-
-def test_area_counts_pairs_and_halves_ties():
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.randint(0, 6, (60,), generator=generator).float()
-    positive = torch.rand(60, generator=generator) < 0.3
-    pairs = list(itertools.product(scores[positive].tolist(), scores[~positive].tolist()))
-    wanted = sum(1.0 if one > other else 0.5 if one == other else 0.0 for one, other in pairs) / len(pairs)
-    assert area(scores, positive) == pytest.approx(wanted)
-    assert area(positive.float(), positive) == 1.0
 
 
 def test_answers_are_numbered_and_right_as_a_whole():

@@ -10,11 +10,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from pertoken.bench import diffusion, suite
 from pertoken.bench.answers import judge
 from pertoken.bench.claims import Bench, Measurement, claim
+from pertoken.core.estimates import roc_area
 from pertoken.decode.adadec import AdaDec, Threshold, learn_threshold, teacher_forced
 from pertoken.decode.random_pause import RandomPause
 
@@ -165,9 +164,5 @@ def reuse_pays(bench: Bench) -> Measurement:
 def entropy_predicts(bench: Bench) -> Measurement:
     texts, given = taught(bench)
     entropies, right = teacher_forced(diffusion.loaded(bench, name=diffusion.TWIN).model, texts, given=given)
-    ranks = torch.empty(len(right), dtype=torch.double)
-    ranks[entropies.argsort()] = torch.arange(1, len(right) + 1, dtype=torch.double)
-    wrong = int((~right).sum())
-    area = (float(ranks[~right].sum()) - wrong * (wrong + 1) / 2) / (wrong * (len(right) - wrong))
     found = threshold(bench)
-    return Measurement(area, "chance", 0.5, len(right), {"threshold": vars(found)})
+    return Measurement(roc_area(entropies, ~right), "chance", 0.5, len(right), {"threshold": vars(found)})

@@ -1,4 +1,5 @@
-"""Estimates with their uncertainty: bootstrap intervals over tasks, and pass@k; rank correlation."""
+"""Estimates with their uncertainty: bootstrap intervals over tasks, and pass@k; what ranks say: their correlation, and
+the area under the ROC curve."""
 
 from __future__ import annotations
 
@@ -33,13 +34,22 @@ def difference(one: Sequence[float], other: Sequence[float], level: float = 0.95
 def spearman(one: ArrayLike, other: ArrayLike) -> float:
     """Rank correlation of as many numbers on both sides, ties at their mean rank; 0 where a side is constant."""
 
-    def ranks(values: ArrayLike) -> np.ndarray:
-        _, place, counts = np.unique(np.ravel(values), return_inverse=True, return_counts=True)
-        rank = (counts.cumsum() - (counts + 1) / 2)[np.ravel(place)]
-        return rank - rank.mean()
-
-    a, b = ranks(one), ranks(other)
+    a, b = (ranks - ranks.mean() for ranks in (_ranks(one), _ranks(other)))
     return float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12))
+
+
+def roc_area(scores: ArrayLike, positive: ArrayLike) -> float:
+    """Area under the ROC curve: the chance that one of the `positive` has a higher score than one that is not, ties
+    counted half; 0 where there are none of a kind."""
+    chosen = np.ravel(positive).astype(bool)
+    yes, no = int(chosen.sum()), int((~chosen).sum())
+    return float((_ranks(scores)[chosen].sum() - yes * (yes - 1) / 2) / max(yes * no, 1))
+
+
+def _ranks(values: ArrayLike) -> np.ndarray:
+    """Ranks from 0, ties at their mean rank."""
+    _, place, counts = np.unique(np.ravel(values), return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts + 1) / 2)[np.ravel(place)]
 
 
 def pass_at(k: int, passed: int, samples: int) -> float:
