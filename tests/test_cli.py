@@ -12,6 +12,7 @@ from pertoken import cli
 from pertoken.bench import claims
 from pertoken.bench.claims import Measurement
 from pertoken.bench.compare import Comparison, Options, Run
+from pertoken.cli.showing import save_traces
 from pertoken.core import card
 from pertoken.core.decision import Keep
 from pertoken.core.trace import Trace
@@ -257,7 +258,7 @@ def test_several_traces_get_a_file_each(tmp_path):
     several = comparison()
     several.traces.append(trace())
     several.traces[1].about["method"] = "other, attached"
-    cli.save_traces(several, tmp_path / "t.safetensors")
+    save_traces(several, tmp_path / "t.safetensors")
     assert {path.name for path in tmp_path.iterdir()} == {"t.toy.safetensors", "t.other-attached.safetensors"}
 
 

@@ -1,0 +1,5 @@
+"""`python -m pertoken.cli`, the same as `pertoken`."""
+
+from pertoken.cli import main
+
+main()
