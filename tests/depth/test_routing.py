@@ -231,17 +231,16 @@ def test_gates_learn_from_the_loss_and_from_the_budget():
 @pytest.mark.parametrize("ema", [0.9, 0.5, None])
 def test_gates_use_the_moving_average_of_their_weights(ema):
     gate = grid(ema=ema).gates["0_1"]["down"].train()
-    mean, hidden = gate.weight.detach().clone(), images(2, 8)[:, 0]
+    mean, normed = gate.weight.detach().clone(), torch.nn.functional.layer_norm(images(2, 8)[:, 0], (8,))
     for _ in range(3):
         gate.weight.data.add_(0.5)
         mean = gate.weight.detach().clone() if ema is None else ema * mean + (1 - ema) * gate.weight.detach()
-        out = gate(hidden)
-        normed = torch.nn.functional.layer_norm(hidden, (8,))
+        out = gate(normed)
         assert torch.allclose(out, normed @ mean.T + gate.bias, atol=1e-5)
         out[..., 0].sum().backward()
         assert torch.allclose(gate.weight.grad[0], normed.sum((0, 1)), atol=1e-4)
         gate.zero_grad()
-    assert torch.allclose(gate.eval()(hidden), out, atol=1e-6)
+    assert torch.allclose(gate.eval()(normed), out, atol=1e-6)
 
 
 def test_untrained_gates_are_open():

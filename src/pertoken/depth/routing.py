@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pertoken.core.attach import Attachment
 from pertoken.core.budget import Budget
@@ -126,9 +127,9 @@ class Routes:
 
     def odds(self, row: int, column: int, here: Map) -> dict[str, Tensor]:
         """Log-odds of a node's gates, by edge; with noise while the model trains."""
-        found = {}
+        found, normed = {}, F.layer_norm(here.hidden, here.hidden.shape[-1:])
         for edge, gate in self.model.gates[f"{row}_{column}"].items():  # type: ignore[operator]
-            logits = gate(here.hidden)
+            logits = gate(normed)
             found[edge] = (logits[..., 0] - logits[..., 1]).float()
             if self.model.training:
                 chance = torch.rand_like(found[edge]).clamp(1e-6, 1 - 1e-6)

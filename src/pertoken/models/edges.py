@@ -7,7 +7,7 @@ and put back; or for all, multiplied by what the gates say, through which gates 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -20,6 +20,7 @@ from transformers.models.pvt_v2.modeling_pvt_v2 import PvtV2BlockLayer, PvtV2Ove
 
 from pertoken.core.packing import buckets
 
+AT_ONCE = 2**18  # numbers of a map that are convolved at once
 OPEN = 3.0  # log-odds of an untrained gate, which lets 95 % of the tokens through
 
 
@@ -60,14 +61,14 @@ class Gate(nn.Module):
             self.register_buffer("mean_weight", self.weight.detach().clone())
             self.register_buffer("mean_bias", self.bias.detach().clone())
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """`[image, token, width]` -> `[image, token, 2]`."""
+    def forward(self, normed: Tensor) -> Tensor:
+        """`[image, token, width]`, normed -> `[image, token, 2]`."""
         weight, bias = self.weight, self.bias
         if self.ema is not None:
             weight, bias = (
                 self._averaged(own, mean) for own, mean in ((weight, self.mean_weight), (bias, self.mean_bias))
             )
-        return F.linear(F.layer_norm(hidden, hidden.shape[-1:]), weight, bias)
+        return F.linear(normed, weight, bias)
 
     def _averaged(self, own: Tensor, mean: Any) -> Tensor:
         if not self.training:
@@ -114,14 +115,16 @@ class Down(nn.Module):
             return None, spent
         slot = torch.full((images, count + 1), len(normed), device=taken.device)
         slot[:, :count][taken] = torch.arange(len(normed), device=taken.device)
-        outputs = reached.nonzero()
-        patches = F.pad(normed, (0, 0, 0, 1))[slot[outputs[:, :1], window[outputs[:, 1]]]]
-        weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
-        made = self.embed.layer_norm(F.linear(patches.flatten(1), weight, conv.bias))
-        hidden = made.new_zeros(images, reached.shape[1], made.shape[-1]).index_put(
-            (outputs[:, 0], outputs[:, 1]), made
-        )
-        return Map(hidden, reached, size, bool(reached.all())), spent
+        outputs, weight = reached.nonzero(), conv.weight.permute(0, 2, 3, 1).flatten(1)
+        read, normed, made = slot[outputs[:, :1], window[outputs[:, 1]]], F.pad(normed, (0, 0, 0, 1)), []
+        for some in read.split(max(AT_ONCE // weight.shape[1], 1)):
+            patches = normed.index_select(0, some.flatten()).view(len(some), -1)
+            made.append(F.linear(patches, weight, conv.bias))
+        hidden = self.embed.layer_norm(torch.cat(made))
+        if len(outputs) < reached.numel():
+            where = outputs[:, 0] * reached.shape[1] + outputs[:, 1]
+            hidden = hidden.new_zeros(reached.numel(), hidden.shape[-1]).index_copy(0, where, hidden)
+        return Map(hidden.unflatten(0, reached.shape), reached, size, len(outputs) == reached.numel()), spent
 
 
 @lru_cache(maxsize=32)
@@ -168,11 +171,57 @@ def attended(attention: Any, queries: Tensor, keys: Tensor, values: Tensor, real
     return out.transpose(1, 2).flatten(2)
 
 
-def fed(block: Any, hidden: Tensor, convolve: Callable[[Tensor], Tensor]) -> Tensor:
-    """What the feed-forward block adds to tokens; convolve: its depth-wise convolution."""
+def widened(block: Any, hidden: Tensor) -> Tensor:
+    """What the feed-forward block's depth-wise convolution reads of tokens."""
+    return block.mlp.relu(block.mlp.dense1(block.layer_norm_2(hidden)))
+
+
+def narrowed(block: Any, inner: Tensor) -> Tensor:
+    """What the feed-forward block adds to tokens, of what its convolution made."""
     mlp = block.mlp
-    inner = convolve(mlp.relu(mlp.dense1(block.layer_norm_2(hidden))))
     return block.drop_path(mlp.dropout(mlp.dense2(mlp.dropout(mlp.intermediate_act_fn(inner)))))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of one image's map, or the maps of some images, to be convolved at once, with a row above and one below.
+    read: tokens that are there, of all in order; places: theirs on these maps; outputs: places of those that are not
+    above or below, on maps without these rows; shape: how many maps, their height and width with them."""
+
+    read: slice
+    places: Tensor
+    outputs: Tensor
+    shape: tuple[int, int, int]
+
+    def convolved(self, conv: nn.Conv2d, tokens: Tensor) -> Tensor:
+        """`[token, width]`: what a convolution of 3 x 3 makes of tokens among zeros, for those of `outputs`."""
+        spread = tokens.new_zeros(math.prod(self.shape), tokens.shape[-1])
+        spread = spread.index_copy(0, self.places, tokens[self.read]).unflatten(0, self.shape)
+        made = F.conv2d(spread.permute(0, 3, 1, 2), conv.weight, conv.bias, padding=(0, 1), groups=conv.groups)
+        return made.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, self.outputs)
+
+
+def parts(taken: Tensor, size: tuple[int, int], width: int) -> list[Part]:
+    """The parts in which there are tokens, each small enough for a core's cache; in the tokens' order. taken `[image,
+    token]` bool; width: numbers of a token."""
+    (high, wide), found = size, []
+    rows = max(AT_ONCE // (wide * width), 1)
+    if rows < high:
+        bounds = [(i, i + 1, top, min(top + rows, high)) for i in range(len(taken)) for top in range(0, high, rows)]
+    else:
+        bounds = [(i, min(i + rows // high, len(taken)), 0, high) for i in range(0, len(taken), rows // high)]
+    where = taken.flatten().nonzero()[:, 0]
+    before = [0, *taken.view(-1, wide).sum(-1).cumsum(0).tolist()]
+    for first, end, top, bottom in bounds:
+        own = slice(before[first * high + top], before[(end - 1) * high + bottom])
+        if own.start == own.stop:
+            continue
+        read = slice(before[first * high + max(top - 1, 0)], before[(end - 1) * high + min(bottom + 1, high)])
+        over = bottom - top - high  # rows of an image here, less those of its map
+        places = where[read] + ((where[read] // (high * wide) - first) * (over + 2) + 1 - top - first * high) * wide
+        outputs = where[own] + ((where[own] // (high * wide) - first) * over - top - first * high) * wide
+        found.append(Part(read, places, outputs, (end - first, bottom - top + 2, wide)))
+    return found
 
 
 class Stage(nn.Module):
@@ -204,8 +253,8 @@ class Stage(nn.Module):
             normed = block.layer_norm_1(hidden)
             out = attended(attention, attention.query(normed), *seen(attention, normed, here))
             hidden = hidden + gate * block.drop_path(attention.proj_drop(attention.proj(out)))
-            added = fed(block, hidden, lambda x, b=block: b.mlp.dwconv(x * gate, *here.size))
-            hidden = hidden + gate * added
+            inner = block.mlp.dwconv(widened(block, hidden) * gate, *here.size)
+            hidden = hidden + gate * narrowed(block, inner)
         return hidden
 
     def _ragged(self, here: Map, taken: Tensor) -> Tensor:
@@ -213,18 +262,19 @@ class Stage(nn.Module):
         rows = taken.any(-1).nonzero()[:, 0]
         if not len(rows):
             return here.hidden
-        part = here
+        some = here
         if len(rows) < len(taken):
-            part, taken = Map(here.hidden[rows], here.live[rows], here.size, here.whole), taken[rows]
+            some, taken = Map(here.hidden[rows], here.live[rows], here.size, here.whole), taken[rows]
         where = taken.flatten().nonzero()[:, 0]
         groups = buckets(taken.sum(-1).tolist(), taken.device)
-        every = part.hidden.flatten(0, 1)
-        mine, shape = every[where], part.hidden.shape
+        maps = parts(taken, here.size, self.blocks[0].mlp.dense1.out_features)
+        every = some.hidden.flatten(0, 1)
+        mine, shape = every.index_select(0, where), some.hidden.shape
         for block in self.blocks:
             attention = block.attention
             normed = block.layer_norm_1(every).view(shape)
-            keys, values, real = seen(attention, normed, part)
-            queries, outs, places = attention.query(normed.flatten(0, 1)[where]), [], []
+            keys, values, real = seen(attention, normed, some)
+            queries, outs, places = attention.query(normed.flatten(0, 1).index_select(0, where)), [], []
             for bucket in groups:
                 mask = None if real is None else real[bucket.rows]
                 out = attended(attention, queries[bucket.index], keys[bucket.rows], values[bucket.rows], mask)
@@ -232,13 +282,8 @@ class Stage(nn.Module):
                     found.append(one)
             order = torch.cat(places).argsort()
             mine = mine + block.drop_path(attention.proj_drop(attention.proj(torch.cat(outs)[order])))
-
-            def convolve(inner: Tensor, block: Any = block) -> Tensor:
-                spread = inner.new_zeros(shape[0] * shape[1], inner.shape[-1]).index_copy(0, where, inner)
-                made = block.mlp.dwconv.dwconv(as_map(spread.unflatten(0, shape[:2]), here.size))
-                return made.flatten(2).transpose(1, 2).flatten(0, 1)[where]
-
-            mine = mine + fed(block, mine, convolve)
+            inner, conv = widened(block, mine), block.mlp.dwconv.dwconv
+            mine = mine + torch.cat([narrowed(block, part.convolved(conv, inner)) for part in maps])
             every = every.index_copy(0, where, mine)
         hidden = every.view(shape)
-        return hidden if part is here else here.hidden.index_copy(0, rows, hidden)
+        return hidden if some is here else here.hidden.index_copy(0, rows, hidden)

@@ -20,7 +20,8 @@ cross-entropy with [n = 0]. Thus an insertion model is a plain `LlamaForCausalLM
 What differs from the paper: that stop head (there: a feed-forward block and two classes); slots behind given tokens are
 left out of the softmax, as they are in decoding; the output matrix is tied to the embedding; levels n / T are spread
 evenly over a batch. n = 0 has a chance of only 1 / (T + 1), too rare for the stop head of long rows: in a share `few`
-of the rows the level is taken to the power FEW, which makes that chance (T + 1)^(-1 / FEW).
+of the rows the level is taken to the power FEW, which makes that chance (T + 1)^(-1 / FEW); and texts are cut to a
+random length, as little as SHORTEST of theirs.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from pertoken.zoo.rows import Rows
 WHOLE = 0.3  # share of text rows that are open from end to end; the others have one to three open spans
 SPANS = (1.0, 0.35, 0.35)  # chance of each of them
 MULTIPLE = 64  # rows are padded to a multiple of this, so that few shapes are compiled
-FEW = 4.0
+FEW, SHORTEST = 4.0, 0.1
 LEVELS = (0.1, 0.5, 0.9)  # shares of missing tokens at which held-out text is judged
 
 
@@ -154,6 +155,9 @@ class Insertion(Objective):
         width, place = ids.shape[1], torch.arange(ids.shape[1])
         padding = (ids == self.end).flip(-1).byte().cumprod(-1).sum(-1, keepdim=True)
         length = (width - padding).clamp(min=1)
+        if self.recipe.few:  # were all texts of one length, a shorter row would be known to lack tokens
+            share = SHORTEST + (1 - SHORTEST) * torch.rand(len(ids), 1, generator=generator)
+            length = torch.where(given > 1, length, (share * length).long().clamp(min=1))
         valid, room = place < length, (length - 1).clamp(min=1)
         draws = torch.rand(3, len(SPANS), len(ids), 1, generator=generator)
         size = (room.double().log() * draws[0]).exp().long().clamp(min=1)  # log-uniform
