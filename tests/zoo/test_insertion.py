@@ -224,7 +224,7 @@ def test_a_run_learns_and_its_model_loads_as_an_insertion_model(run):
 
 
 def test_the_recipe_is_of_the_twins_size_and_start():
-    mine, base = RECIPES["code-insertion"], RECIPES["code-diffusion-base"]
+    mine, base = RECIPES["code-insertion-base"], RECIPES["code-diffusion-base"]
     assert (mine.shape, mine.start, mine.objective) == (base.shape, base.start, "insertion")
 
 
