@@ -70,6 +70,10 @@ def forward(model, tokens):
         return model(torch.tensor([tokens]), attention_mask=mask, use_cache=False).logits[0]
 
 
+def slots_of(may):
+    return [i for i, open_ in enumerate(may) if open_]
+
+
 def naive(model, prompt, length, decoder):
     """(final text, P(stop) of every step): the paper's inference on one row as lists, greedy."""
     tokens = prompt if prompt[:1] == [CLS] else [CLS, *prompt]
@@ -79,7 +83,10 @@ def naive(model, prompt, length, decoder):
     stops, inserted = [], 0
     while inserted < length:
         scores = forward(model, tokens)
-        stops.append(float(scores[0, STOP].sigmoid()))
+        if getattr(model.config, "stop_at", "cls") == "slots":
+            stops.append(math.prod(float(scores[i, model.config.stop_token_id].sigmoid()) for i in slots_of(may)))
+        else:
+            stops.append(float(scores[0, STOP].sigmoid()))
         if stops[-1] >= decoder.threshold and not (decoder.force_first and inserted == 0):
             break
         best, where = -math.inf, None
@@ -120,6 +127,22 @@ def test_every_row_is_what_the_definition_gives(models, family, choice):
     assert len(lengths) > 1, "rows must stop at different steps for this to say anything"
     assert decoder.stats.row_steps == forwards
     assert decoder.stats.tokens == sum(len(t) for s in trace.at(INSERT) for t in s.note["tokens"])
+
+
+def test_a_stop_head_that_is_read_at_the_open_slots():
+    """P(stop) is the chance that nothing is missing behind any of them."""
+    model, decoder = insertion_model("qwen3", seed=9), ILM(threshold=0.5)
+    model.config.stop_at, model.config.stop_token_id = "slots", MASK
+    with torch.no_grad():
+        model.lm_head.weight[MASK] *= 0.5
+    with decoder.record() as trace:
+        out = insert(model, gapped(*map(list, ROWS)), decoder, length=9)
+    found = [naive(model, list(prompt), 9, decoder) for prompt in ROWS]
+    for number, (wanted, stops) in enumerate(found):
+        assert text(out[number]) == wanted
+        own = [s.note["stop"][s.rows.index(number)] for s in trace.at(INSERT) if number in s.rows]
+        assert own == pytest.approx(stops, abs=1e-4)
+    assert len({len(stops) for _, stops in found}) > 1, "rows must stop at different steps for this to say anything"
 
 
 def test_the_stop_head_can_be_overruled_at_first_only(model):
@@ -429,10 +452,11 @@ def test_bad_requests_say_what_is_wrong(model, options, says):
         ("stop_token_id", None, "no stop head"),
         ("mask_token_id", None, "gap marker"),
         ("bos_token_id", None, "CLS"),
+        ("stop_at", "end", "stop_at='end' is unknown"),
     ],
 )
 def test_a_model_that_cannot_insert_is_refused(model, name, value, says):
-    kept = getattr(model.config, name)
+    kept = getattr(model.config, name, "cls")
     setattr(model.config, name, value)
     try:
         with pytest.raises(BadRequest, match=says):

@@ -118,7 +118,15 @@ def test_shortened_rows_and_targets_are_those_of_the_definition(multiple):
         assert rebuilt == ids[row, valid[row]].tolist()
 
 
-def test_the_loss_and_its_gradient_equal_the_dense_definition():
+def naive_stop(scores, row, batch):
+    """Mean over the row's open slots of the surprise at whether something is missing right behind; token 0 says."""
+    lacking = {int(s) for r, s in zip(batch.row, batch.slot, strict=True) if r == row}
+    slots = batch.open[row].nonzero().flatten().tolist()
+    return sum(F.softplus(scores[slot, 0] * (1.0 if slot in lacking else -1.0)) for slot in slots) / len(slots)
+
+
+@pytest.mark.parametrize("stop_at", ["cls", "slots"])
+def test_the_loss_and_its_gradient_equal_the_dense_definition(stop_at):
     ids, valid, open_, generator = example(1)
     ids, valid, open_ = marked(ids, valid, open_, GAP)
     level = torch.tensor([0.0, 0.3, 0.5, 0.7, 0.9, 0.999])
@@ -139,10 +147,15 @@ def test_the_loss_and_its_gradient_equal_the_dense_definition():
         states = hidden.clone().requires_grad_()
         head.zero_grad()
         if naive:
-            losses = naive_losses(head(states.nan_to_num()), batch.open, targets)
-            stops = F.softplus(head(states[:, 0])[:, 0] * torch.where(batch.missing == 0, -1.0, 1.0))
+            scores = head(states.nan_to_num())
+            if stop_at == "slots":
+                stops = torch.stack([naive_stop(scores[row], row, batch) for row in range(len(ids))])
+                scores = torch.cat([torch.full_like(scores[..., :1], -1e9), scores[..., 1:]], -1)
+            else:
+                stops = F.softplus(scores[:, 0, 0] * torch.where(batch.missing == 0, -1.0, 1.0))
+            losses = naive_losses(scores, batch.open, targets)
         else:
-            losses, stops, _ = insertion_losses(states, head, batch, 0)
+            losses, stops, _ = insertion_losses(states, head, batch, 0, stop_at)
         (losses.sum() + 2 * stops.sum()).backward()
         results.append((losses.detach(), stops.detach(), states.grad[batch.valid], head.weight.grad.clone()))
     for one, other in zip(*results, strict=True):
@@ -226,6 +239,8 @@ def test_a_run_learns_and_its_model_loads_as_an_insertion_model(run):
 def test_the_recipe_is_of_the_twins_size_and_start():
     mine, base = RECIPES["code-insertion-base"], RECIPES["code-diffusion-base"]
     assert (mine.shape, mine.start, mine.objective) == (base.shape, base.start, "insertion")
+    last = RECIPES["code-insertion"]
+    assert (last.start, last.tokenizer, last.few > 0) == ("code-insertion-base", "code-target", True)
 
 
 def naive_is_path(prompt, answer, in_pairs):

@@ -7,18 +7,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pertoken.core.errors import BadRequest
 from pertoken.models.adapter import Adapter, adapter_for
 from pertoken.models.cache import WORTH_PACKING, Packing
 from pertoken.models.stack import stack_of
 
+CLS, SLOTS = "cls", "slots"  # where a model's stop head is read, see `zoo.insertion`
+
 
 @dataclass(frozen=True)
 class Request:
     """What a call asks for. ids, attention_mask `[row, token]`: left-padded prompts; length: most insertions per row;
-    marker, cls, stop: the gap marker, the token before every row, the stop head's row of the output matrix; specials:
-    tokens that are never inserted."""
+    marker, cls, stop: the gap marker, the token before every row, the stop head's row of the output matrix;
+    stop_at: where that is read; specials: tokens that are never inserted."""
 
     adapter: Adapter
     ids: Tensor
@@ -27,6 +30,7 @@ class Request:
     marker: int
     cls: int
     stop: int
+    stop_at: str
     specials: list[int]
     pad: int
     sampling: bool
@@ -81,7 +85,12 @@ class Request:
         specials = sorted({int(t) for t in flat if t is not None and 0 <= int(t) < about.vocab_size})
         pad = config.pad_token_id if config.pad_token_id is not None else begin
         sampling, as_dict = bool(config.do_sample), bool(config.return_dict_in_generate)
-        return cls(adapter, ids, mask.bool(), int(length), marker, begin, stop, specials, int(pad), sampling, as_dict)
+        where = getattr(about, "stop_at", CLS)
+        if where not in (CLS, SLOTS):
+            raise BadRequest(f"config.stop_at={where!r} is unknown; a stop head is read at {CLS!r} or at {SLOTS!r}")
+        return cls(
+            adapter, ids, mask.bool(), int(length), marker, begin, stop, where, specials, int(pad), sampling, as_dict
+        )
 
     def returned(self, rows: dict[int, Tensor]) -> Any:
         """Ids `[row, token]` of the finished rows, behind the padding that each prompt had."""
@@ -259,8 +268,12 @@ class SlotsModel:
         masks = {window: self._mask(valid, positions, window, hidden.dtype) for window in set(self.stack.windows)}
         cache: Any = Uncached(valid, slots.length)
         hidden = self.stack.run(hidden, positions, cache, masks, 0, self.stack.adapter.depth)
-        stop = self.stack.logits(hidden[:, :1])[:, 0, self.request.stop].float().sigmoid()
         scores = self.stack.logits(hidden[:, start:]).float()
+        if self.request.stop_at == SLOTS:
+            whole = F.logsigmoid(scores[..., self.request.stop]).masked_fill(~slots.open, 0.0)
+            stop = whole.sum(-1).exp()
+        else:
+            stop = self.stack.logits(hidden[:, :1])[:, 0, self.request.stop].float().sigmoid()
         scores[..., self.request.specials] = -torch.inf
         return scores, stop
 

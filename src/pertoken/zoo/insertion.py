@@ -17,6 +17,11 @@ may have several, and given tokens behind them. The stop head is one row of the 
 token (the end of text) at CLS, whose other scores are never used; P(stop) = sigmoid of it, and its loss is the binary
 cross-entropy with [n = 0]. Thus an insertion model is a plain `LlamaForCausalLM` with three ids in its configuration.
 
+`config.stop_at = "slots"` is another stop head, for models in whose CLS little is to be read: one that began as causal
+has learnt to put nothing there, and after a short training that is still so. The stop token is then the gap
+marker, left out of the softmax over pairs; its score at open slot i says whether nothing is missing right behind i and
+learns that by binary cross-entropy (mean over the row's open slots); P(stop) is the product of their sigmoids.
+
 What differs from the paper: that stop head (there: a feed-forward block and two classes); slots behind given tokens are
 left out of the softmax, as they are in decoding; the output matrix is tied to the embedding; levels n / T are spread
 evenly over a batch. n = 0 has a chance of only 1 / (T + 1), too rare for the stop head of long rows: in a share `few`
@@ -34,6 +39,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pertoken.denoise.insertion import CLS, SLOTS
 from pertoken.zoo import corpus
 from pertoken.zoo.masked import MASK, Bidirectional
 from pertoken.zoo.objective import Objective
@@ -109,20 +115,27 @@ def shortened(
 
 
 def insertion_losses(
-    hidden: Tensor, head: Callable[[Tensor], Tensor], batch: Shortened, stop: int
+    hidden: Tensor, head: Callable[[Tensor], Tensor], batch: Shortened, stop: int, stop_at: str = CLS
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of normed hidden states `[row, slot, width]`: cross-entropies `[row]` of what is missing, cross-entropies `[row]`
     of the stop head, and scores `[open slot, vocabulary]`; both losses in nats."""
     scores = head(hidden[batch.open]).float()
     floor = torch.finfo(scores.dtype).min
+    if stop_at == SLOTS:
+        lacks = torch.zeros_like(batch.open).index_put((batch.row, batch.slot), torch.tensor(True))
+        said = F.binary_cross_entropy_with_logits(scores[:, stop], (~lacks[batch.open]).float(), reduction="none")
+        stops = torch.zeros(batch.open.shape).masked_scatter(batch.open, said).sum(-1) / batch.open.sum(-1)
+        scores = scores.index_fill(1, torch.tensor(stop), floor)
+    else:
+        done = (batch.missing == 0).float()
+        said = head(hidden[:, 0])[:, stop].float()
+        stops = F.binary_cross_entropy_with_logits(said, done, reduction="none")
     norms = scores.new_full(batch.open.shape, floor).masked_scatter(batch.open, scores.logsumexp(-1)).logsumexp(-1)
     number = (batch.open.flatten().long().cumsum(0) - 1).view_as(batch.open)
     listed = scores[number[batch.row, batch.slot], batch.token]
     right = listed.new_zeros(len(norms)).index_add(0, batch.row, listed) / batch.missing.clamp(min=1)
     losses = torch.where(batch.missing > 0, norms - right, 0.0)
-    stops = head(hidden[:, 0])[:, stop].float()
-    done = (batch.missing == 0).float()
-    return losses, F.binary_cross_entropy_with_logits(stops, done, reduction="none"), scores
+    return losses, stops, scores
 
 
 def spread_levels(rows: int, generator: torch.Generator, few: float = 0.0) -> Tensor:
@@ -141,7 +154,9 @@ class Insertion(Objective):
         self.mask: int = self.tokenizer.token_to_id(MASK)  # type: ignore[assignment]
         self.end: int = self.data.end  # type: ignore[assignment]
         config = self.model.config
-        config.mask_token_id, config.stop_token_id, config.bos_token_id = self.mask, self.end, self.end
+        self.stop = self.mask if self.recipe.stop_at == SLOTS else self.end
+        config.mask_token_id, config.stop_token_id, config.bos_token_id = self.mask, self.stop, self.end
+        config.stop_at = self.recipe.stop_at
         plain = Bidirectional(self.model)
         self.forward = torch.compile(plain, dynamic=False) if compile_model else plain
 
@@ -182,13 +197,13 @@ class Insertion(Objective):
         rows = torch.from_numpy(batch.astype(np.int64))
         total, shown, count = torch.zeros(()), 0.0, 0
         for short in self.parts(rows, spread_levels(len(rows), generator, self.recipe.few), generator):
-            losses, stops, _ = insertion_losses(self.forward(short.ids, short.bias), self.head, short, self.end)
-            total = total + (losses.sum() + stops.sum()) / len(rows)
+            losses, stops, _ = self.losses(self.forward(short.ids, short.bias), short)
+            total = total + (losses.sum() + self.recipe.stop * stops.sum()) / len(rows)
             shown, count = shown + float(losses.detach().sum()), count + int((short.missing > 0).sum())
         return total, shown / max(count, 1)
 
-    def head(self, hidden: Tensor) -> Tensor:
-        return self.model.lm_head(hidden)
+    def losses(self, hidden: Tensor, short: Shortened) -> tuple[Tensor, Tensor, Tensor]:
+        return insertion_losses(hidden, self.model.lm_head, short, self.stop, self.recipe.stop_at)
 
     @torch.inference_mode()
     def evaluate(self, batches: int = 6) -> dict[str, float]:
@@ -205,7 +220,7 @@ class Insertion(Objective):
                 (short,) = self.parts(part, torch.full((len(part),), level), generator, 1)
                 with torch.autocast("cpu", dtype=torch.bfloat16):
                     hidden = plain(short.ids, short.bias)
-                    losses, stops, scores = insertion_losses(hidden, self.head, short, self.end)
+                    losses, stops, scores = self.losses(hidden, short)
                 some = short.missing > 0
                 sums["heldout"].append(losses[some])
                 sums["excess"].append((losses - target_entropy(short))[some])

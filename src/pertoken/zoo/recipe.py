@@ -75,6 +75,8 @@ class Recipe:
     answers: float = 0.4
     tests: float = 0.3
     few: float = 0.0
+    stop: float = 1.0
+    stop_at: str = "cls"
     lengths: tuple[tuple[int, float], ...] = ()
     layers: str = "dense"
     keys: int = 0
@@ -211,7 +213,9 @@ class Zoo:
                 INSERTION,
                 start="code-insertion-base",
                 tokenizer="code-target",
-                few=0.5,
+                few=0.7,
+                stop=8.0,
+                stop_at="slots",
                 steps=700,
                 lr=2e-3,
                 embedding_lr=1e-3,
