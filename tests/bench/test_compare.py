@@ -200,6 +200,10 @@ def test_the_zoo_has_what_was_trained_beside_a_model():
     assert default_beside("zoo:code-target", ["full+duo_llm"]) == {"modules": "zoo:code-duo"}
     assert default_beside("zoo:code-draft", ["duo_llm", "stop_exit"]) == {}
     assert default_beside("zoo:code-target", ["skipdecode"]) == default_beside("somewhere", ["stop_exit"]) == {}
+    beside = default_beside("zoo:reasoning-think", ["think_at_hard"])
+    assert set(beside) == {"decider", "lora"} and default_beside("zoo:reasoning", ["think_at_hard"]) == {}
+    assert default_beside(beside["lora"], ["think_at_hard"]) == beside
+    assert make_side("think_at_hard", "causal", Given(beside=beside)).policies[0].weights is not None
     given = Given(beside=default_beside("zoo:code-target", ["stop_exit", "random_modules"]))
     assert make_side("stop_exit", "causal", given).alone.classifier is not None
     assert make_side("random_modules", "causal", given).alone.duo.layers == 12

@@ -12,7 +12,7 @@ from pertoken.depth.passes import PassView
 
 def test_answers_are_numbered_and_right_as_a_whole():
     truth = torch.tensor([[-1, 4, 5, -1, 6], [7, 8, -1, -1, 9]])
-    text = Text(torch.zeros_like(truth), truth)
+    text = Text(torch.zeros_like(truth), truth, torch.zeros_like(truth).bool())
     assert text.answers.tolist() == [0, 0, 1, 2, 2, 3]
     logits = torch.nn.functional.one_hot(torch.tensor([4, 0, 6, 7, 8, 0]), 10).float()
     side = Side(logits, truth[truth >= 0], torch.tensor([1, 0, 0, 1, 0, 0]).bool(), 1.2)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pertoken.core.attach import attach, fingerprint
+from pertoken.core.attach import attach
 from pertoken.core.errors import BadRequest
 from pertoken.depth.deciders import NeuralDecider
 from pertoken.depth.lora import Lora
 from pertoken.depth.think_at_hard import ThinkAtHard
+from pertoken.models.load import load
+from pertoken.models.signature import signature
 from pertoken.zoo.thinking import ALWAYS, ONCE, Thinking, asked
+from pertoken.zoo.tuning import tune
 from tests.contract.conftest import FAMILIES
 
 SHORT = {"rank": 4, "alpha": 8.0, "inner": 8, "looks": 3}
@@ -22,11 +25,15 @@ def text():
     return torch.stack([ids, torch.arange(25).expand(4, -1) % 2], 1)
 
 
-def trained(recipe, steps, lr=1e-2):
+def llama():
     torch.manual_seed(0)
-    model = FAMILIES["llama"](3).eval().requires_grad_(False)
+    return FAMILIES["llama"](3).eval()
+
+
+def trained(recipe, steps, lr=1e-2):
+    model = llama().requires_grad_(False)
     task, ids, losses = recipe.task(model, None), text(), []
-    optimizer = torch.optim.Adam(task.module.parameters(), lr=lr)
+    optimizer = torch.optim.Adam([{"lr": lr * one["pace"], **one} for one in task.groups()])
     for step in range(steps):
         loss = task.loss(ids, step)
         optimizer.zero_grad()
@@ -44,20 +51,66 @@ def test_what_is_asked():
     assert tokens.tolist() == [[5, 6, 7]] and truth.tolist() == [[6, 7, 8]]
 
 
-@pytest.mark.parametrize("again", ["hard", ALWAYS, ONCE])
-def test_weights_learn_and_the_model_stays(again):
-    recipe = Thinking(first=40, steps=40, again=again, **SHORT)
-    model, task, losses = trained(recipe, 40)
+@pytest.mark.parametrize("backbone", [0.5, 0.0])
+@pytest.mark.parametrize("again", ["hard", ALWAYS])
+def test_model_and_weights_learn_and_the_reference_stays(again, backbone):
+    untouched = signature(llama())
+    model, task, losses = trained(Thinking(first=40, steps=40, again=again, backbone=backbone, **SHORT), 40)
     assert losses[-1] < 0.8 * losses[0]
-    before = fingerprint(FAMILIES["llama"](3), deep=False).keys()
-    assert fingerprint(model).keys() == before and task.lora.gate == 1.0
-    assert all(weight.grad is None for weight in task.decider.parameters())
+    assert signature(task.reference) == untouched and (signature(model) == untouched) == (backbone == 0)
+    assert bool(task.lora.up[0].abs().sum() > 0) and task.lora.gate == 1.0
+    assert all(weight.grad is None for weight in [*task.decider.parameters(), *task.reference.parameters()])
+
+
+def test_in_a_control_of_one_pass_the_model_learns_alone():
+    model, task, losses = trained(Thinking(first=40, steps=40, again=ONCE, **SHORT), 40)
+    assert losses[-1] < 0.8 * losses[0] and signature(model) != signature(task.reference)
+    assert all(weight.grad is None for weight in task.lora.parameters())
+    tokens, truth = asked(text())
+    plain = model(tokens).logits[truth >= 0]
+    wanted = torch.nn.functional.cross_entropy(plain, truth[truth >= 0])
+    assert torch.allclose(task.loss(text(), 0), wanted, rtol=1e-5)
+
+
+def test_the_model_has_the_slower_pace():
+    task = Thinking(backbone=0.25, **SHORT).task(llama(), None)
+    paces = {id(weight): one["pace"] for one in task.groups() for weight in one["params"]}
+    assert all(paces[id(weight)] == 0.25 for weight in task.model.parameters())
+    assert all(paces[id(weight)] == 1.0 for weight in [*task.lora.parameters(), *task.decider.parameters()])
+
+
+def test_gradients_of_both_passes_are_those_of_finite_differences():
+    """Of the whole loss, through the expected embedding, the keys of the first pass and the summed logits."""
+    recipe = Thinking(first=1, steps=1, dropout=0.0, **SHORT)
+    model = llama().double()
+    task = recipe.task(model, None)
+    task.lora.double()
+    with torch.no_grad():
+        for weight in task.lora.up:
+            weight.normal_(std=0.1)
+    task.loss(text(), 0).backward()
+    layers = model.model.layers
+    several = [
+        *(model.model.embed_tokens.weight, layers[0].self_attn.k_proj.weight, layers[-1].mlp.down_proj.weight),
+        *(task.lora.down[0], task.lora.up[-1]),
+    ]
+    for weight in several:
+        way = torch.randn(weight.shape, dtype=torch.double, generator=torch.Generator().manual_seed(1))
+        found, losses = float((weight.grad * way).sum()), []
+        for step in (2e-4, -2e-4):  # sums of logits are in fp32
+            with torch.no_grad():
+                weight += step * way
+                losses.append(float(task.loss(text(), 0)))
+                weight -= step * way
+        assert found == pytest.approx((losses[0] - losses[1]) / 4e-4, rel=5e-3, abs=1e-3)
 
 
 def test_the_decider_learns_which_tokens_are_hard_and_what_shares_go_on(tmp_path):
+    _, tokenizer = load("zoo:reasoning", "fp32")
     model, task, losses = trained(Thinking(first=0, steps=60, **SHORT), 60, lr=3e-3)
     assert losses[-1] < 0.8 * losses[0]
-    assert all(weight.grad is None for weight in task.lora.parameters())
+    assert all(weight.grad is None for weight in [*task.lora.parameters(), *model.parameters()])
+    task.tokenizer = tokenizer
     task.save(tmp_path, {})
     judge, low = NeuralDecider.load(tmp_path), Lora.load(tmp_path)
     assert judge.threshold(0.0) >= judge.threshold(0.3) >= judge.threshold(1.0)
@@ -70,6 +123,24 @@ def test_the_decider_learns_which_tokens_are_hard_and_what_shares_go_on(tmp_path
         assert model(tokens).logits.isfinite().all()
 
 
+def test_what_is_trained_is_a_model_with_its_weights_and_decider_and_goes_on(tmp_path):
+    recipe = Thinking(steps=3, first=2, batch=2, length=64, lr=1e-2, **SHORT)
+    tune("reasoning-think", tmp_path, recipe, steps=1)
+    place = str(tune("reasoning-think", tmp_path, recipe))
+    (before, _), (model, tokenizer) = load("zoo:reasoning", "fp32"), load(place)
+    assert model.config.recipe["trained_steps"] == 3 and model.dtype == torch.bfloat16
+    inputs = tokenizer(["3+4=", "sort 5 31 9="], return_tensors="pt", padding=True)
+    with torch.inference_mode(), attach(model, ThinkAtHard(decider=place, lora=place, threshold=0.0)):
+        assert model.generate(**inputs, max_new_tokens=3, pad_token_id=0).shape[1] > inputs["input_ids"].shape[1]
+    with pytest.raises(BadRequest, match="was trained for the model"), attach(before, ThinkAtHard(decider=place)):
+        pass
+
+
 def test_an_unknown_group_is_refused():
     with pytest.raises(BadRequest, match="again='some' is unknown"):
-        Thinking(again="some", **SHORT).task(FAMILIES["llama"](3), None)
+        Thinking(again="some", **SHORT).task(llama(), None)
+
+
+def test_a_control_of_one_pass_in_which_nothing_learns_is_refused():
+    with pytest.raises(BadRequest, match="give backbone above 0"):
+        Thinking(again=ONCE, backbone=0.0, **SHORT).task(llama(), None)

@@ -208,7 +208,8 @@ def _origin(measure: Callable[..., Any]) -> str:
     """Where a claim's function was written, the same when its module is loaded again; of a partial one with the values
     that were filled in."""
     if isinstance(measure, partial):
-        return f"{_origin(measure.func)} of {measure.args} and {measure.keywords}"
+        given = [getattr(value, "__qualname__", value) for value in (*measure.args, *measure.keywords.values())]
+        return f"{_origin(measure.func)} of {given}"
     return measure.__qualname__
 
 

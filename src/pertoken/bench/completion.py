@@ -317,9 +317,8 @@ def _claims() -> None:
             (str(side.control), f"{name} completes lines better than random choices at its budget", "> 1"),
             (side.dense, f"{name} keeps 95 % of {whole} edit similarity on lines", ">= 0.95"),
         ):
-            measure = partial(against, name=name, other=other)
-            measure.__qualname__ = sentence  # type: ignore[attr-defined]
-            claim(NAME, claim=sentence, metric="edit similarity with the rest of the line", expected=expected)(measure)
+            given = partial(against, name=name, other=other)
+            claim(NAME, claim=sentence, metric="edit similarity with the rest of the line", expected=expected)(given)
 
 
 _claims()

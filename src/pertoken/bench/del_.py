@@ -9,6 +9,7 @@ from unicodedata import name
 
 from pertoken.bench import suite
 from pertoken.bench.claims import Bench, Measurement, claim
+from pertoken.bench.exactness import claim_exact, claim_laws
 from pertoken.decode.del_ import DEL
 from pertoken.decode.full import Full
 
@@ -20,69 +21,8 @@ def self_speculation(models: suite.Pair) -> DEL:
     return DEL()
 
 
-@claim(
-    "del",
-    claim="Greedy ids equal plain generation's on every held-out prompt, one at a time (fp32)",
-    metric="share of prompts with identical ids",
-    expected="== 1",
-    compare="value",
-)
-def identical_alone(bench: Bench) -> Measurement:
-    return suite.identical(bench, self_speculation, 1)
-
-
-@claim(
-    "del",
-    claim="Greedy ids equal plain generation's on every held-out prompt in ragged batches of 8 (fp32)",
-    metric="share of prompts with identical ids",
-    expected="== 1",
-    shown=True,
-    compare="value",
-)
-def identical_in_batches(bench: Bench) -> Measurement:
-    return suite.identical(bench, self_speculation, 8)
-
-
-@claim(
-    "del",
-    claim="Greedy ids equal plain generation's on random Llama, Qwen3, GPT-2, Mistral, Gemma models, batch 1 and 8",
-    metric="share of prompts with identical ids",
-    expected="== 1",
-    compare="value",
-)
-def identical_families(bench: Bench) -> Measurement:
-    return suite.identical_in_families(bench, lambda models: DEL(fixed=(2, 3)))
-
-
-@claim(
-    "del",
-    claim="In bf16 the ids are plain generation's up to near-ties of the target",
-    metric="share of prompts identical or parting at a near-tie",
-    expected=">= 0.95",
-    compare="value",
-)
-def near_ties(bench: Bench) -> Measurement:
-    return suite.near_ties(bench, self_speculation)
-
-
-def _laws() -> None:
-    for label, decoder in {"DEL": DEL(), "DEL at a fixed exit": DEL(fixed=(2, 2))}.items():
-        for temperature in (0.6, 1.0):
-
-            def measure(bench: Bench, decoder: DEL = decoder, temperature: float = temperature) -> Measurement:
-                return suite.law_test(bench, lambda models: decoder, temperature)
-
-            measure.__qualname__ = f"law of {label} at {temperature}"
-            claim(
-                "del",
-                claim=f"{label} samples the target's law at temperature {temperature}",
-                metric="p-value of a chi-square test over 125 outcomes",
-                expected=">= 0.001",
-                compare="value",
-            )(measure)
-
-
-_laws()
+claim_exact("del", self_speculation, lambda models: DEL(fixed=(2, 3)))
+claim_laws("del", {"DEL": self_speculation, "DEL at a fixed exit": lambda models: DEL(fixed=(2, 2))}, (0.6, 1.0))
 
 
 def domains(bench: Bench) -> dict[str, list[str]]:

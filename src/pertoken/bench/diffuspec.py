@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from pertoken.bench import diffusion, suite
 from pertoken.bench.claims import Bench, Measurement, claim
+from pertoken.bench.exactness import claim_identical, claim_laws
 from pertoken.decode.chain import Chain
 from pertoken.decode.diffuspec import DiffuSession, DiffuSpec
 from pertoken.decode.ngram import NGramCounts
@@ -46,38 +48,13 @@ def filler(models: suite.Pair) -> Any:
     return model
 
 
-def _exact() -> None:
-    for batch, shown in ((1, False), (8, True)):
-
-        def measure(bench: Bench, batch: int = batch) -> Measurement:
-            return suite.identical(bench, lambda models: DiffuSpec(drafter(bench)), batch)
-
-        measure.__qualname__ = f"identical in batches of {batch}"
-        where = "one at a time" if batch == 1 else f"in ragged batches of {batch}"
-        claim(
-            "diffuspec",
-            claim=f"Greedy ids equal plain generation's on every held-out prompt, {where} (fp32)",
-            metric="share of prompts with identical ids",
-            expected="== 1",
-            shown=shown,
-            compare="value",
-        )(measure)
-    for temperature in (0.6, 1.0, 1.5):
-
-        def law(bench: Bench, temperature: float = temperature) -> Measurement:
-            return suite.law_test(bench, lambda models: DiffuSpec(filler(models)), temperature)
-
-        law.__qualname__ = f"law at {temperature}"
-        claim(
-            "diffuspec",
-            claim=f"It samples the target's law at temperature {temperature}",
-            metric="p-value of a chi-square test over 125 outcomes",
-            expected=">= 0.001",
-            compare="value",
-        )(law)
+def identical(bench: Bench, batch: int) -> Measurement:
+    return suite.identical(bench, lambda models: DiffuSpec(drafter(bench)), batch)
 
 
-_exact()
+claim_identical("diffuspec", ", one at a time", partial(identical, batch=1))
+claim_identical("diffuspec", ", in ragged batches of 8", partial(identical, batch=8), shown=True)
+claim_laws("diffuspec", {"It": lambda models: DiffuSpec(filler(models))}, (0.6, 1.0, 1.5))
 
 
 @dataclass(frozen=True)

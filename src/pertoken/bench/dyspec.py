@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from pertoken.bench import suite
 from pertoken.bench.claims import Bench, Measurement, claim
+from pertoken.bench.exactness import claim_exact, claim_laws
 from pertoken.core.attach import attach
 from pertoken.core.budget import Budget
 from pertoken.core.decision import Commit
@@ -30,82 +32,22 @@ from pertoken.depth.random_layers import RandomLayers
 from pertoken.depth.skip_layers import SkipLayers
 from pertoken.models.context import Context
 
-TEMPERATURES = (0.6, 1.0)
-
 
 def tree(models: suite.Pair, **options: Any) -> DySpec:
     """DySpec with a fixed economy-free tree: counts that do not depend on the machine."""
     return DySpec(models.draft, **({"size": 16, "economy": False} | options))
 
 
-@claim(
+claim_exact("dyspec", tree, lambda models: tree(models, size=8))
+claim_laws(
     "dyspec",
-    claim="Greedy ids equal plain generation's on every held-out prompt, one at a time (fp32)",
-    metric="share of prompts with identical ids",
-    expected="== 1",
-    compare="value",
-)
-def identical_alone(bench: Bench) -> Measurement:
-    return suite.identical(bench, tree, 1)
-
-
-@claim(
-    "dyspec",
-    claim="Greedy ids equal plain generation's on every held-out prompt in ragged batches of 8 (fp32)",
-    metric="share of prompts with identical ids",
-    expected="== 1",
-    shown=True,
-    compare="value",
-)
-def identical_in_batches(bench: Bench) -> Measurement:
-    return suite.identical(bench, tree, 8)
-
-
-@claim(
-    "dyspec",
-    claim="Greedy ids equal plain generation's on random Llama, Qwen3, GPT-2, Mistral, Gemma models, batch 1 and 8",
-    metric="share of prompts with identical ids",
-    expected="== 1",
-    compare="value",
-)
-def identical_families(bench: Bench) -> Measurement:
-    return suite.identical_in_families(bench, lambda models: tree(models, size=8))
-
-
-@claim(
-    "dyspec",
-    claim="In bf16 the ids are plain generation's up to near-ties of the target",
-    metric="share of prompts identical or parting at a near-tie",
-    expected=">= 0.95",
-    compare="value",
-)
-def near_ties(bench: Bench) -> Measurement:
-    return suite.near_ties(bench, tree)
-
-
-def _laws() -> None:
-    makers = {
+    {
         "DySpec": lambda models: tree(models, size=6),
         "DySpec with a threshold": lambda models: tree(models, size=8, threshold=0.1),
         "lossless(SkipLayers)": lambda models: lossless(SkipLayers(Budget(layers=2)), size=4, economy=False),
-    }
-    for label, make in makers.items():
-        for temperature in TEMPERATURES:
-
-            def measure(bench: Bench, make: Any = make, temperature: float = temperature) -> Measurement:
-                return suite.law_test(bench, make, temperature)
-
-            measure.__qualname__ = f"law of {label} at {temperature}"
-            claim(
-                "dyspec",
-                claim=f"{label} samples the target's law at temperature {temperature}",
-                metric="p-value of a chi-square test over 125 outcomes",
-                expected=">= 0.001",
-                compare="value",
-            )(measure)
-
-
-_laws()
+    },
+    (0.6, 1.0),
+)
 
 
 @dataclass(frozen=True)
@@ -156,49 +98,42 @@ def best_kary(bench: Bench, size: int) -> tuple[float, int]:
     return found[k], k
 
 
-def _shapes() -> None:
-    def own(bench: Bench, size: int) -> float:
-        return tokens_per_step(bench, f"dyspec {size}", lambda m: tree(m, size=size, ngrams=0, together=0.5))
-
-    def samples(bench: Bench) -> int:
-        return 16 if bench.quick else 80
-
-    def chain(bench: Bench, size: int) -> float:
-        return tokens_per_step(bench, f"chain {size}", lambda m: Chain(m.draft, size=size))
-
-    def against_kary(bench: Bench, size: int) -> Measurement:
-        value, k = best_kary(bench, size)
-        return Measurement(own(bench, size), f"kary_tree (k={k})", value, samples(bench))
-
-    def kary_against_chain(bench: Bench, size: int) -> Measurement:
-        return Measurement(best_kary(bench, size)[0], "chain", chain(bench, size), samples(bench))
-
-    def against_random(bench: Bench, size: int) -> Measurement:
-        value = tokens_per_step(bench, f"random {size}", lambda m: RandomTree(m.draft, size=size, seed=bench.seed))
-        return Measurement(own(bench, size), "random_tree", value, samples(bench))
-
-    sentences = {
-        against_kary: "A DySpec tree of {} nodes commits more tokens per target step than the best fixed k-ary tree",
-        kary_against_chain: "The best fixed k-ary tree of {} nodes commits more tokens per target step than a chain",
-        against_random: "A DySpec tree of {} nodes commits more tokens per target step than one of random shape",
-    }
-    for measure, sentence in sentences.items():
-        for size in (16, 32, 64):
-
-            def at(bench: Bench, measure: Any = measure, size: int = size) -> Measurement:
-                return measure(bench, size)
-
-            at.__qualname__ = f"{measure.__name__} {size}"
-            claim(
-                "dyspec",
-                claim=sentence.format(size),
-                metric="tokens per row and target step",
-                expected="> 1",
-                shown=size == 32,
-            )(at)
+def own(bench: Bench, size: int) -> float:
+    return tokens_per_step(bench, f"dyspec {size}", lambda m: tree(m, size=size, ngrams=0, together=0.5))
 
 
-_shapes()
+def samples(bench: Bench) -> int:
+    return 16 if bench.quick else 80
+
+
+def against_kary(bench: Bench, size: int) -> Measurement:
+    value, k = best_kary(bench, size)
+    return Measurement(own(bench, size), f"kary_tree (k={k})", value, samples(bench))
+
+
+def kary_against_chain(bench: Bench, size: int) -> Measurement:
+    chain = tokens_per_step(bench, f"chain {size}", lambda m: Chain(m.draft, size=size))
+    return Measurement(best_kary(bench, size)[0], "chain", chain, samples(bench))
+
+
+def against_random(bench: Bench, size: int) -> Measurement:
+    value = tokens_per_step(bench, f"random {size}", lambda m: RandomTree(m.draft, size=size, seed=bench.seed))
+    return Measurement(own(bench, size), "random_tree", value, samples(bench))
+
+
+for _measure, _sentence in (
+    (against_kary, "A DySpec tree of {} nodes commits more tokens per target step than the best fixed k-ary tree"),
+    (kary_against_chain, "The best fixed k-ary tree of {} nodes commits more tokens per target step than a chain"),
+    (against_random, "A DySpec tree of {} nodes commits more tokens per target step than one of random shape"),
+):
+    for _size in (16, 32, 64):
+        claim(
+            "dyspec",
+            claim=_sentence.format(_size),
+            metric="tokens per row and target step",
+            expected="> 1",
+            shown=_size == 32,
+        )(partial(_measure, size=_size))
 
 
 @claim(
@@ -311,24 +246,23 @@ def speeds(bench: Bench) -> dict[str, dict[str, Any]]:
     return bench.shared("speeds", run)
 
 
-def _speeds() -> None:
-    bounds = {"transformers assisted": 1.5, "generate": 1.5, "transformers prompt lookup": 1.1, "full": 1.0}
-    for baseline, bound in bounds.items():
-
-        def measure(bench: Bench, baseline: str = baseline) -> Measurement:
-            return suite.ratio_of(speeds(bench), "dyspec", baseline)
-
-        measure.__qualname__ = f"speed against {baseline}"
-        claim(
-            "dyspec",
-            claim=f"DySpec is at least {bound}x as fast as {baseline} (batch 1, each at its best dtype and settings)",
-            metric="tokens per second",
-            expected=f">= {bound}",
-            shown=True,
-        )(measure)
+def speed_against(bench: Bench, baseline: str) -> Measurement:
+    return suite.ratio_of(speeds(bench), "dyspec", baseline)
 
 
-_speeds()
+for _baseline, _bound in (
+    ("transformers assisted", 1.5),
+    ("generate", 1.5),
+    ("transformers prompt lookup", 1.1),
+    ("full", 1.0),
+):
+    claim(
+        "dyspec",
+        claim=f"DySpec is at least {_bound}x as fast as {_baseline} (batch 1, each at its best dtype and settings)",
+        metric="tokens per second",
+        expected=f">= {_bound}",
+        shown=True,
+    )(partial(speed_against, baseline=_baseline))
 
 
 @claim(

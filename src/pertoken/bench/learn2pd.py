@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from statistics import mean
 from typing import Any
@@ -261,22 +262,13 @@ def predicted_end_saves(bench: Bench) -> Measurement:
     return too_long(bench, "predicted", "forwards")
 
 
-def _qualities() -> None:
-    for when, rule in {"decided": "the paper's rule", "predicted": "the code's rule"}.items():
-
-        def measure(bench: Bench, when: str = when) -> Measurement:
-            return too_long(bench, when, "likeness")
-
-        measure.__qualname__ = f"quality of {when}"
-        claim(
-            "learn2pd",
-            claim=f"On a canvas four times too long, cutting at a {when} end of text ({rule}) keeps the quality",
-            metric="likeness of the function bodies to the originals",
-            expected=">= 0.98",
-        )(measure)
-
-
-_qualities()
+for _when, _rule in (("decided", "the paper's rule"), ("predicted", "the code's rule")):
+    claim(
+        "learn2pd",
+        claim=f"On a canvas four times too long, cutting at a {_when} end of text ({_rule}) keeps the quality",
+        metric="likeness of the function bodies to the originals",
+        expected=">= 0.98",
+    )(partial(too_long, when=_when, cost="likeness"))
 
 
 @claim(

@@ -1,11 +1,12 @@
-"""`pertoken run NAME --input PICTURE`: reducing methods beside the dense model on the user's own pictures."""
+"""`pertoken run NAME --input PICTURE`: methods that reduce or route image tokens beside the dense model on the user's
+own pictures."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,18 @@ import torch
 from torch import Tensor
 
 from pertoken.core.attach import attach
+from pertoken.core.budget import Budget
 from pertoken.core.card import card
 from pertoken.core.cost import count_flops, timed
 from pertoken.core.errors import BadRequest
+from pertoken.core.trace import Trace
 from pertoken.methods import load_methods
+from pertoken.models.grid import GridClassifier, map_sizes
 from pertoken.models.images import ImageModel, pictures_in, read_frames
 from pertoken.reduce.reduction import TOKENS
 from pertoken.reduce.thresholds import Thresholds, calibrate
 from pertoken.reduce.tokens import Tokens
+from pertoken.view.ways import finest, stages
 
 DENSE, THRESHOLDS, REPEATS = "dense", "thresholds.json", 3
 
@@ -30,7 +35,8 @@ DENSE, THRESHOLDS, REPEATS = "dense", "thresholds.json", 3
 class Look:
     """One side's figures. seconds: median of a pass over the pictures; flops: of a pass; tokens: of each picture after
     the last layer; regions: of each picture, how many patches each merged token stands for, largest first; agreement:
-    with the dense model, as `measure` says."""
+    with the dense model, as `measure` says; of a grid, cost: of each picture, operations in those of the PVTv2 on its
+    diagonal, and labels: the name of each picture's class."""
 
     name: str
     seconds: float
@@ -40,6 +46,8 @@ class Look:
     regions: list[list[int]]
     agreement: float
     measure: str
+    cost: list[float] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -72,7 +80,8 @@ def look(
     for name in names:
         if "image" not in card(name).needs:
             raise BadRequest(
-                f"{name} does not work on images; those that do have question 'reduce' in `pertoken methods`"
+                f"{name} does not work on images; those that do have question 'reduce' in `pertoken methods`, or route "
+                "tokens through a grid: dit_routing"
             )
     files = {path: read_frames(path) for path in pictures_in(source)}
     read = [frame for frames in files.values() for frame in frames]
@@ -91,14 +100,19 @@ def look(
         dense, base = (out, seconds) if dense is None else (dense, base)
         same, measure = agreement(out, dense)
         sizes, counts = regions_of(tokens, host)
-        found.sides.append(Look(name, seconds, flops, base / seconds, counts, sizes, same, measure))
-        if tokens is not None:
+        side, place = Look(name, seconds, flops, base / seconds, counts, sizes, same, measure), None
+        if isinstance(host.model, GridClassifier):
+            side, place = routed(side, host.model, policy, pixels)
+            told = [f"{cost:.2f} of the diagonal's cost, {label}" for cost, label in zip(side.cost, side.labels)]
+        elif tokens is not None:
             place = tokens.place[:, tokens.prefix :].cpu().numpy().reshape(len(read), *host.grid)
+            told = [f"{count} of {np.prod(host.grid)} tokens left" for count in counts]
+        found.sides.append(side)
+        if place is not None:
             start = 0
             for path, frames in files.items():
                 part = slice(start, start + len(frames))
-                left = ", ".join(map(str, counts[part]))
-                text = f"{path.name}: {left} of {np.prod(host.grid)} tokens left"
+                text = f"{path.name}: {'; '.join(told[part])}"
                 found.drawn.append((name, text, drawing(sized[part], place[part])))
                 start += len(frames)
     return found
@@ -107,6 +121,8 @@ def look(
 def made(name: str, host: ImageModel, pixels: Tensor) -> tuple[Any, str]:
     """The policy of this name for this model, and what a reader should know about it."""
     build: Any = card(name).build
+    if isinstance(host.model, GridClassifier) and "grid" in card(name).needs and "gates" not in card(name).reads:
+        return build(Budget(fraction=1 / host.model.whole)), f"{name}: a share of 1/{host.model.whole:.2f} of the grid"
     if "heads" in card(name).needs or "thresholds" not in card(name).needs:
         return build(), ""
     kept = host.path / THRESHOLDS
@@ -133,6 +149,20 @@ def passed(model: Any, policy: Any, pixels: Tensor) -> tuple[Tensor, Tokens | No
         if attached is not None:
             tokens = attached.state.get(TOKENS)
     return out, tokens, statistics.median(spent), flops
+
+
+def routed(side: Look, model: GridClassifier, policy: Any, pixels: Tensor) -> tuple[Look, np.ndarray | None]:
+    """A side with what pictures cost in a grid and are taken for; and for a policy the finest token that takes a stage
+    at each place, `[picture, rows, columns]`."""
+    trace = Trace()
+    with torch.inference_mode(), nullcontext() if policy is None else attach(model, policy, trace=trace):
+        out = model(pixels)
+    names: Any = model.config.id2label
+    labels = [names[number] for number in out.logits.argmax(-1).tolist()]
+    side = replace(side, cost=out.spent.tolist(), labels=labels)
+    if policy is None:
+        return side, None
+    return side, finest(stages(trace), map_sizes(model.config.base_config, *pixels.shape[-2:])).numpy()
 
 
 def output(found: Any) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pertoken.core.card import Card, card, cards
@@ -208,10 +209,10 @@ def default_drafts(model_name: str, names: list[str]) -> dict[str, str]:
 
 
 def default_beside(model_name: str, names: list[str]) -> dict[str, str]:
-    """For a zoo model and the settings of policies: what is shipped that was trained beside it, the plainest first."""
-    own = model_name.removeprefix("zoo:")
-    if own == model_name:
-        return {}
+    """For settings of policies: what lies in the model's own directory, and for a zoo model what is shipped that was
+    trained beside it, the plainest first."""
+    from pertoken.depth import deciders, lora
+    from pertoken.models.load import resolve
     from pertoken.zoo import WEIGHTS
     from pertoken.zoo.duo import Routing
     from pertoken.zoo.stopping import Stopping
@@ -219,7 +220,12 @@ def default_beside(model_name: str, names: list[str]) -> dict[str, str]:
 
     parts = [one for name in names if name not in (PLAIN, DENSE) for one in parts_of(name) if one.shape == "policy"]
     takes = {setting for one in parts for setting in inspect.signature(one.build).parameters}
-    found: dict[str, str] = {}
+    place = Path(resolve(model_name))
+    within = {"decider": deciders.FILE, "lora": lora.FILE}
+    found = {one: str(place) for one, file in within.items() if one in takes and (place / file).is_file()}
+    own = model_name.removeprefix("zoo:")
+    if own == model_name:
+        return found
     for setting, kind in (("controller", Stopping), ("modules", Routing)):
         mine = [name for name, one in TUNINGS.items() if isinstance(one, kind) and one.model == own]
         there = [f"zoo:{name}" for name in mine if (WEIGHTS / name / "config.json").is_file()]

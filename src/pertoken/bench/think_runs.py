@@ -1,15 +1,17 @@
 """What the claims of Think-at-Hard measure: ways to run a model that thinks again, figures of its decider, and what
 another pass costs.
 
-The model is zoo:reasoning, the low-rank weights and the decider zoo:reasoning-think. The controls' weights learnt from
-the same rows for as many steps: zoo:reasoning-think-always with two passes for every token, zoo:reasoning-think-once in
-the only pass there is. Figures are of the answers to held-out problems, read with their prompts (teacher forcing: an
+The model is zoo:reasoning-think, zoo:reasoning tuned as a whole with low-rank weights for second passes and a decider.
+The controls, from the same start, learnt as long from the same rows: zoo:reasoning-think-always with two passes for
+every token, zoo:reasoning-think-once with one, the ordinary tuning. Hard are the tokens that zoo:reasoning, the
+reference, gets wrong. Figures are of the answers to held-out problems, read with their prompts (teacher forcing: an
 answer whose tokens are all predicted is the one that greedy decoding writes). Prompts are left alone by all sides but
 those that think always. Operations and speed are measured on zoo:code-target.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,7 +29,8 @@ from pertoken.core.cost import count_flops
 from pertoken.core.estimates import roc_area
 from pertoken.core.signals import confidence, entropy
 from pertoken.core.trace import Trace
-from pertoken.depth.deciders import AsGiven, ByChance, ByEntropy, ByTruth, Decider, NeuralDecider
+from pertoken.depth.deciders import AsGiven, ByChance, ByEntropy, Decider, NeuralDecider
+from pertoken.depth.lora import FILE as WEIGHTS_FILE
 from pertoken.depth.lora import Lora
 from pertoken.depth.passes import BOTH, PassView
 from pertoken.depth.think_at_hard import ThinkAtHard
@@ -44,10 +47,15 @@ FEW = 10  # steps of training when quick
 
 @dataclass(frozen=True)
 class Text:
-    """Held-out rows: tokens `[row, token]`, and what follows each, -1 in prompts."""
+    """Held-out rows: tokens `[row, token]`, what follows each, -1 in prompts, and which of them are hard."""
 
     tokens: Tensor
     truth: Tensor
+    hard: Tensor
+
+    def parts(self) -> list[Text]:
+        """The rows in batches."""
+        return [Text(*part) for part in zip(*(x.split(32) for x in (self.tokens, self.truth, self.hard)), strict=True)]
 
     @cached_property
     def counted(self) -> Tensor:
@@ -59,6 +67,19 @@ class Text:
         before = torch.zeros_like(self.counted)
         before[:, 1:] = self.counted[:, :-1]
         return ((self.counted & ~before).flatten().cumsum(0).view_as(self.truth) - 1)[self.counted]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A model with its low-rank weights; None for a model of a single pass, or for its own weights in all passes."""
+
+    model: Any
+    lora: Lora | None
+
+    @classmethod
+    def read(cls, place: Path) -> Made:
+        lora = Lora.load(place) if (place / WEIGHTS_FILE).is_file() else None
+        return cls(load(str(place), "fp32")[0], lora)
 
 
 @dataclass(frozen=True)
@@ -126,85 +147,111 @@ class Above(Altered):
         return (self.inner.chances(view) > self.level).float()
 
 
-def models(bench: Bench) -> tuple[Any, Any]:
-    return bench.shared("reasoning", lambda: load(MODEL, "fp32"))
+def reference(bench: Bench) -> tuple[Any, Any]:
+    """The model before it was tuned, and the tokenizer of all."""
+    return bench.shared("reference", lambda: load(MODEL, "fp32"))
 
 
 def text(bench: Bench) -> Text:
     """Held-out rows; other than those by whose loss the training was watched."""
 
     def make() -> Text:
-        count, tokenizer = 32 if bench.quick else 256, models(bench)[1].backend_tokenizer
-        rows = reasoning.rows(count, LENGTH, tokenizer, 10**6 + bench.seed, "heldout")
-        return Text(*asked(torch.from_numpy(rows.astype("int64"))))
+        model, tokenizer = reference(bench)
+        count = 32 if bench.quick else 256
+        rows = reasoning.rows(count, LENGTH, tokenizer.backend_tokenizer, 10**6 + bench.seed, "heldout")
+        tokens, truth = asked(torch.from_numpy(rows.astype("int64")))
+        with torch.inference_mode():
+            guessed = torch.cat([model(part, use_cache=False).logits.argmax(-1) for part in tokens.split(32)])
+        return Text(tokens, truth, (guessed != truth) & (truth >= 0))
 
     return bench.shared("text", make)
 
 
-def weights(bench: Bench, name: str = "") -> Lora:
-    """Low-rank weights of the zoo, trained now where they are not here."""
+def made(bench: Bench, name: str = "") -> Made:
+    """A tuned model of the zoo, trained now where it is not here."""
 
-    def make() -> Lora:
+    def make() -> Made:
         own = TUNED + name
         packed = (WEIGHTS / own / "config.json").exists()
-        return Lora.load(tuned(own, bench.status)) if packed or not bench.quick else learnt(bench, TUNINGS[own])
+        return Made.read(tuned(own, bench.status)) if packed or not bench.quick else learnt(bench, TUNINGS[own])
 
-    return bench.shared(("weights", name), make)
+    return bench.shared(("made", name), make)
 
 
-def learnt(bench: Bench, recipe: Tuning) -> Lora:
-    """Low-rank weights by a recipe's first stage, which are not kept; of a few steps when quick."""
+def learnt(bench: Bench, recipe: Tuning) -> Made:
+    """A model tuned by a recipe's first stage, which is not kept; of a few steps when quick."""
     steps = FEW if bench.quick else recipe.first
     with TemporaryDirectory() as place:
-        made = tune("weights", Path(place) / "weights", replace(recipe, steps=steps, first=steps), status=bench.status)
-        return Lora.load(made)
+        short = replace(recipe, steps=steps, first=steps)
+        return Made.read(tune("weights", Path(place) / "weights", short, status=bench.status))
 
 
 def judge(bench: Bench) -> NeuralDecider:
     return bench.shared("judge", lambda: NeuralDecider.load(f"zoo:{TUNED}"))
 
 
-def ran(bench: Bench, label: Any, decider: Any, lora: Lora | None, once: bool = False, sees: str = BOTH) -> Side:
-    """A side; decider: from the truth of a part of the rows to a `Decider`, or None for one pass; once: the weights act
-    in it."""
+Choice = Callable[[Text], Decider]
+"""Who decides, for a part of the rows."""
+
+
+def stop(part: Text) -> Decider:
+    return AsGiven(torch.ones_like(part.truth))
+
+
+def two(part: Text) -> Decider:
+    return AsGiven(torch.full_like(part.truth, 2))
+
+
+def told(part: Text) -> Decider:
+    """The oracle's choice."""
+    return AsGiven(1 + part.hard.long())
+
+
+def within(decider: Decider) -> Choice:
+    """A decider's choice, in answers only."""
+    return lambda part: InAnswers(decider, part.truth)
+
+
+def ran(bench: Bench, label: Any, one: Made, choice: Choice, sees: str = BOTH) -> Side:
+    """A side."""
 
     def measure() -> Side:
-        model, whole, found = models(bench)[0], text(bench), []
-        for tokens, truth in zip(whole.tokens.split(32), whole.truth.split(32), strict=True):
-            chosen = AsGiven(torch.ones_like(tokens)) if decider is None else decider(truth)
-            trace = Trace()
-            policy = ThinkAtHard(decider=chosen, threshold=0.5, lora=lora, sees=sees)
-            with torch.inference_mode(), attach(model, policy, trace=trace) as attachment:
-                if once:
-                    attachment.set_attribute(lora, "gate", 1.0)
-                logits = model(tokens, use_cache=False).logits
-            depth = trace.steps[0].decision.tensors()["layers"].sum(-1) // model.config.num_hidden_layers
-            found.append((logits[truth >= 0].float(), truth[truth >= 0], (depth == 2)[truth >= 0], depth.flatten()))
+        found = []
+        for part in text(bench).parts():
+            trace, asked = Trace(), part.counted
+            policy = ThinkAtHard(decider=choice(part), threshold=0.5, lora=one.lora, sees=sees)
+            with torch.inference_mode(), attach(one.model, policy, trace=trace):
+                logits = one.model(part.tokens, use_cache=False).logits
+            depth = trace.steps[0].decision.tensors()["layers"].sum(-1) // one.model.config.num_hidden_layers
+            found.append((logits[asked].float(), part.truth[asked], (depth == 2)[asked], depth.flatten()))
         logits, truth, again, depth = (torch.cat(parts) for parts in zip(*found, strict=True))
         return Side(logits, truth, again, float(depth.float().mean()))
 
     return bench.shared(("side", label), measure)
 
 
-def never(bench: Bench) -> Side:
-    return ran(bench, "never", None, None)
-
-
-def ours(bench: Bench, level: float = 0.9) -> Side:
-    found = Above(judge(bench), level)
-    return ran(bench, ("ours", level), lambda truth: InAnswers(found, truth), weights(bench))
-
-
-def always(bench: Bench, name: str = "-always") -> Side:
-    return ran(bench, ("always", name), lambda truth: AsGiven(torch.full_like(truth, 2)), weights(bench, name))
-
-
-def oracle(bench: Bench) -> Side:
-    return ran(bench, "oracle", ByTruth, weights(bench))
+def untuned(bench: Bench) -> Side:
+    return ran(bench, "untuned", Made(reference(bench)[0], None), stop)
 
 
 def once(bench: Bench) -> Side:
-    return ran(bench, "once", None, weights(bench, "-once"), once=True)
+    return ran(bench, "once", made(bench, "-once"), stop)
+
+
+def never(bench: Bench) -> Side:
+    return ran(bench, "never", made(bench), stop)
+
+
+def ours(bench: Bench, level: float = 0.9) -> Side:
+    return ran(bench, ("ours", level), made(bench), within(Above(judge(bench), level)))
+
+
+def always(bench: Bench, name: str = "-always") -> Side:
+    return ran(bench, ("always", name), made(bench, name), two)
+
+
+def oracle(bench: Bench) -> Side:
+    return ran(bench, "oracle", made(bench), told)
 
 
 def share(side: Side) -> float:
@@ -212,27 +259,27 @@ def share(side: Side) -> float:
 
 
 def by_chance(bench: Bench) -> Side:
-    found = ByChance(share(ours(bench)), bench.seed)
-    return ran(bench, "chance", lambda truth: InAnswers(found, truth), weights(bench))
+    return ran(bench, "chance", made(bench), within(ByChance(share(ours(bench)), bench.seed)))
 
 
 def by_entropy(bench: Bench) -> Side:
     """As many tokens as ours, those of the highest entropy after the first pass."""
     level = float(entropy(never(bench).logits).double().quantile(1 - share(ours(bench))))
-    return ran(bench, "entropy", lambda truth: InAnswers(ByEntropy(level), truth), weights(bench))
+    return ran(bench, "entropy", made(bench), within(ByEntropy(level)))
 
 
 def beside(bench: Bench) -> dict[str, Any]:
     """Every side, so that each claim shows the others."""
     sides = {
+        "untuned, one pass": untuned(bench),
+        "tuned with one pass": once(bench),
         "one pass": never(bench),
-        "one pass, tuned": once(bench),
         "think_at_hard": ours(bench),
         "random": by_chance(bench),
         "entropy": by_entropy(bench),
         "oracle": oracle(bench),
-        "always, tuned for it": always(bench),
-        "always, weights of think_at_hard": always(bench, ""),
+        "tuned with two passes": always(bench),
+        "always two passes": always(bench, ""),
     }
     return {name: side.told(text(bench)) for name, side in sides.items()}
 
@@ -244,11 +291,12 @@ def sweep(bench: Bench) -> dict[float, dict[str, float]]:
 
 
 def judged(bench: Bench) -> dict[str, float]:
-    """Areas of the decider's chances and of single features, for which tokens are wrong after one pass."""
+    """Areas of the decider's chances and of single features, for which tokens are hard, and for the "own" ones, which
+    tokens its own first pass gets wrong."""
 
     def measure() -> dict[str, float]:
         seen: list[Tensor] = []
-        model, whole, one = models(bench)[0], text(bench), never(bench)
+        model, whole, one = made(bench).model, text(bench), never(bench)
 
         @dataclass(frozen=True)
         class Watching(Decider):
@@ -262,9 +310,10 @@ def judged(bench: Bench) -> dict[str, float]:
             for tokens in whole.tokens.split(32):
                 model(tokens, use_cache=False)
         chances = torch.cat(seen)[whole.counted.flatten()]
-        hard = ~one.hits
+        hard = whole.hard[whole.counted]
         found = {"decider": chances, "entropy": entropy(one.logits), "confidence": -confidence(one.logits)}
         areas = {name: roc_area(scores, hard) for name, scores in found.items()}
+        areas |= {f"own, {name}": roc_area(scores, ~one.hits) for name, scores in found.items()}
         return areas | {"accuracy": float(((chances > 0.5) == hard).float().mean()), "hard": float(hard.float().mean())}
 
     return bench.shared("judged", measure)

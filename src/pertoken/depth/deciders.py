@@ -75,19 +75,6 @@ class AsGiven(Decider):
         return (wanted > view.passed)[view.asked].float()
 
 
-@dataclass(frozen=True)
-class ByTruth(Decider):
-    """The oracle of training: tokens whose greedy next token so far is not the true one. truth `[row, place]`: the
-    tokens that follow each place, -1 where nothing is asked. For texts read at once."""
-
-    truth: Tensor
-
-    def chances(self, view: PassView) -> Tensor:
-        assert view.positions is not None and view.asked is not None and view.logits is not None
-        wanted = self.truth.to(view.valid.device).gather(1, view.positions.expand_as(view.asked))[view.asked]
-        return ((view.logits.argmax(-1) != wanted) & (wanted >= 0)).float()
-
-
 class NeuralDecider(nn.Module, Decider):
     """The paper's network: states of some layers and the largest logits of a token -> a chance.
 

@@ -42,14 +42,17 @@ class Lora(nn.Module):
     """Low-rank additions for every linear module of a model's layers.
 
     about: what it was trained for, its `signature` of the model among it. gate: number, or tensor `[batch, token, 1]`,
-    that the addition is multiplied by in the forwards to come.
+    that the addition is multiplied by in the forwards to come. dropout: share of what it reads that is dropped while it
+    is trained.
     """
 
-    def __init__(self, shapes: dict[str, tuple[int, int]], rank: int, alpha: float, about: dict[str, Any]):
+    def __init__(
+        self, shapes: dict[str, tuple[int, int]], rank: int, alpha: float, about: dict[str, Any], dropout: float = 0.0
+    ):
         super().__init__()
         if rank < 1:
             raise BadRequest(f"rank={rank} adds nothing; give at least 1")
-        self.shapes, self.rank, self.alpha, self.about = shapes, rank, alpha, about
+        self.shapes, self.rank, self.alpha, self.about, self.dropout = shapes, rank, alpha, about, dropout
         self.gate: Tensor | float = 1.0
         self.down = nn.ParameterList([nn.Parameter(torch.empty(rank, into)) for into, _ in shapes.values()])
         self.up = nn.ParameterList([nn.Parameter(torch.zeros(out, rank)) for _, out in shapes.values()])
@@ -57,10 +60,10 @@ class Lora(nn.Module):
             nn.init.kaiming_uniform_(weight, a=5**0.5)
 
     @classmethod
-    def for_model(cls, model: Any, rank: int = 8, alpha: float = 16.0) -> Lora:
+    def for_model(cls, model: Any, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0) -> Lora:
         """An untrained one, which changes nothing."""
         shapes = {name: sizes(module) for name, module in linears(model).items()}
-        return cls(shapes, rank, alpha, {"model": signature(model)})
+        return cls(shapes, rank, alpha, {"model": signature(model)}, dropout)
 
     @property
     def scale(self) -> float:
@@ -83,7 +86,8 @@ class Lora(nn.Module):
             def around(forward: Any, x: Tensor, down: Tensor = down, up: Tensor = up) -> Tensor:
                 if isinstance(self.gate, float) and not self.gate:
                     return forward(x)
-                low = torch.nn.functional.linear(x.to(down.dtype), down)
+                read = torch.nn.functional.dropout(x.to(down.dtype), self.dropout, self.training)
+                low = torch.nn.functional.linear(read, down)
                 return forward(x) + (self.gate * self.scale * torch.nn.functional.linear(low, up)).to(x.dtype)
 
             attachment.wrap(modules[name], around)

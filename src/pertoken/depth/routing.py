@@ -92,7 +92,7 @@ class Routing(Policy):
         if not isinstance(model, GridClassifier):
             raise BadRequest(
                 f"{type(self).__name__} routes tokens through a grid of stages, got {type(model).__name__}; give a "
-                "GridClassifier (pertoken.models.grid), of which grid_of(...) makes one from a PVTv2"
+                "GridClassifier (pertoken.models.grid) such as zoo:scenes-grid-routed; grid_of(...) makes one of a PVTv2"
             )
         if self.budget.is_full and not attachment.taped:
             return

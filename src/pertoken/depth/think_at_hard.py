@@ -18,14 +18,13 @@ one, places are spread evenly: token p of a row runs again iff floor((p + 1) s) 
 pass alike.
 
 Training (`pertoken zoo train reasoning-think`): with a reference model, the token at i is hard if the reference's
-greedy token is not t_(i+1); low-rank weights on next-token cross-entropy with the hard tokens running again, then the
-decider on binary cross-entropy against those labels. With more than two passes, `oracle_passes` maps ranks of the
-reference's cross-entropy to passes.
+greedy token is not t_(i+1); the whole model and the low-rank weights on next-token cross-entropy with the hard tokens
+running again, then the decider alone on binary cross-entropy against those labels. With more than two passes,
+`oracle_passes` maps ranks of the reference's cross-entropy to passes.
 
 Differs from the release: the cumulative logits go to the decider as to the soft embedding, and the last layer's state,
 where it looks at that, without the final norm; any batch, each row for itself; transformers' own generation with its
-samplers and beams; low-rank weights are gated, not switched; a threshold by the share of tokens (`threshold=None`). The
-zoo's weights leave the model's own alone (the paper tunes them too).
+samplers and beams; low-rank weights are gated, not switched; a threshold by the share of tokens (`threshold=None`).
 
 It loses where the model is unsure because the text is, not because it lacks depth: another pass costs a whole one and
 settles nothing. All logits of a prompt are computed.

@@ -69,27 +69,29 @@ class ImageModel:
         import transformers
         from transformers import AutoConfig
 
+        from pertoken.models.grid import GridClassifier
         from pertoken.models.segmenter import PlainSegmenter
 
-        path = resolve(name)
+        path, own = resolve(name), {"pertoken_segmenter": PlainSegmenter, "pertoken_grid": GridClassifier}
         try:
             about, _ = transformers.PretrainedConfig.get_config_dict(path, local_files_only=Path(path).is_dir())
-            if about.get("model_type") == "pertoken_segmenter":
-                cls: Any = PlainSegmenter
-            else:
+            cls: Any = own.get(about.get("model_type"))
+            if cls is None:
                 AutoConfig.for_model(about["model_type"])
                 cls = getattr(transformers, (about.get("architectures") or ["AutoModel"])[0], transformers.AutoModel)
             self.model: Any = cls.from_pretrained(path, dtype=DTYPES[dtype]).eval().to(device)
         except (OSError, ValueError, KeyError) as error:
             raise BadRequest(
                 f"cannot load an image model from {name!r} ({str(error).splitlines()[0]}); give a directory written by "
-                "save_pretrained, a hub id, or zoo:scenes-segmenter"
+                "save_pretrained, a hub id, or zoo:scenes-segmenter or zoo:scenes-grid-routed"
             ) from error
         self.name, self.path = name, Path(path)
-        self.adapter = vision_adapter_for(self.model)
-        size = self.adapter.config.image_size
+        if isinstance(self.model, GridClassifier):
+            size, patch = self.model.config.image_size, self.model.config.base_config.strides[0]
+        else:
+            config = vision_adapter_for(self.model).config
+            size, patch = config.image_size, config.patch_size
         self.size = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
-        patch = self.adapter.config.patch_size
         self.patch = patch if isinstance(patch, int) else patch[0]
         self.mean, self.spread = self._pixels()
 
@@ -125,4 +127,4 @@ class ImageModel:
         """`[image, 3, height, width]` of pictures at the model's size."""
         stacked = (np.stack(pictures).astype(np.float32) / 255 - self.mean) / self.spread
         made = torch.from_numpy(stacked.astype(np.float32)).movedim(-1, 1).contiguous()
-        return made.to(self.adapter.device, self.adapter.dtype)
+        return made.to(self.model.device, self.model.dtype)

@@ -1,17 +1,18 @@
-"""Low-rank weights for second passes of a zoo model, and the decider of which tokens get one (arXiv 2511.08577).
+"""A zoo model with low-rank weights for second passes, and the decider of which tokens get one (arXiv 2511.08577).
 
-The model's own weights stay, so that it is its own reference: a token is hard if the model's greedy next token is
-wrong. First the low-rank weights learn next-token cross-entropy with the hard tokens running again, each token scored
-on what it says in the end. Then the decider learns, by binary cross-entropy weighed with the ratio of easy to hard
-tokens, which ones are hard; tokens that are not asked (a prompt's) count as easy in a loss of their own, so that it
-leaves them alone.
+The reference is the model as it was: a token is hard if the reference's greedy next token is wrong. First the whole
+model and the low-rank weights learn next-token cross-entropy with the hard tokens running again, each token scored on
+what it says in the end; gradients run through both passes. Then all that is kept as it is, and the decider learns, by
+binary cross-entropy weighed with the ratio of easy to hard tokens, which ones are hard; tokens that are not asked (a
+prompt's) count as easy in a loss of their own, so that it leaves them alone.
 
-Controls learn from the same rows for as many steps: weights of which every token is given two passes, and weights that
-act in the only pass there is.
+Controls learn from the same rows for as many steps: a model of which every token is given two passes, and one that has
+a single pass as ever. `backbone=0` leaves the model's own weights alone and trains what is beside them.
 """
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,12 @@ from torch.nn import functional as F
 from pertoken.core.attach import attach
 from pertoken.core.errors import BadRequest
 from pertoken.core.policy import View
-from pertoken.depth.deciders import SHARES, AsGiven, ByTruth, Decider, NeuralDecider
+from pertoken.depth.deciders import SHARES, AsGiven, Decider, NeuralDecider
 from pertoken.depth.lora import Lora
 from pertoken.depth.passes import BOTH, PassView
 from pertoken.depth.think_at_hard import ThinkAtHard
+from pertoken.models.signature import signature
+from pertoken.zoo.train import save_pretrained
 from pertoken.zoo.tuning import Task, Tuning
 
 HARD, ALWAYS, ONCE = "hard", "always", "once"
@@ -36,27 +39,31 @@ MEASURED = 24  # batches on which shares are measured
 
 @dataclass(frozen=True)
 class Thinking(Tuning):
-    """rank, alpha: of the low-rank weights; inner, looks: width of the decider and how many layers it looks at; again:
-    which tokens run again while the weights are trained: the "hard" ones, "always" all, or for a control of one pass
-    none ("once"); sees: whose keys a second pass reads, see `PassPolicy`."""
+    """backbone: learning rate of the model's own weights, as a share of that of the low-rank ones; rank, alpha,
+    dropout: of the low-rank weights; inner, looks: width of the decider and how many layers it looks at; again: which
+    tokens run again while the weights are trained: the "hard" ones, "always" all, or for a control of one pass none
+    ("once"); sees: whose keys a second pass reads, see `PassPolicy`."""
 
     model: str = "reasoning"
     text: str = "reasoning"
-    steps: int = 800
-    first: int = 600
-    second: float = 0.2
+    steps: int = 300
+    first: int = 150
+    second: float = 0.6
     batch: int = 16
     length: int = 128
-    lr: float = 6e-3
+    lr: float = 2e-3
+    weight_decay: float = 0.01
+    backbone: float = 0.2
     rank: int = 16
     alpha: float = 32.0
+    dropout: float = 0.1
     inner: int = 32
     looks: int = 5
     again: str = HARD
     sees: str = BOTH
 
     def task(self, model: Any, tokenizer: Any) -> Task:
-        return ThinkingTask(self, model)
+        return ThinkingTask(self, model, tokenizer)
 
 
 @dataclass
@@ -75,13 +82,18 @@ class Looking(Decider):
 class ThinkingTask(Task):
     """Both stages. Batches are ids `[batch, token]`, or `[batch, 2, token]` with 1 where the second marks an answer."""
 
-    def __init__(self, recipe: Thinking, model: Any):
+    def __init__(self, recipe: Thinking, model: Any, tokenizer: Any):
         if recipe.again not in GROUPS:
             raise BadRequest(f"again={recipe.again!r} is unknown; choose one of {', '.join(GROUPS)}")
-        self.recipe, self.model = recipe, model
-        self.lora = Lora.for_model(model, recipe.rank, recipe.alpha)
+        if recipe.again == ONCE and not recipe.backbone:
+            raise BadRequest("with one pass only the model itself can learn; give backbone above 0")
+        self.recipe, self.model, self.tokenizer = recipe, model, tokenizer
+        self.reference = copy.deepcopy(model)
+        model.requires_grad_(recipe.backbone > 0)
+        self.lora = Lora.for_model(model, recipe.rank, recipe.alpha, recipe.dropout)
         self.decider = NeuralDecider.for_model(model, recipe.inner, recipe.looks)
-        self.module = nn.ModuleList([self.lora, self.decider])
+        self.module = nn.ModuleList([self.lora, self.decider, model])
+        self.slower, self.pace = model, recipe.backbone
         self.last: list[Tensor] = []
 
     def loss(self, ids: Tensor, step: int) -> Tensor:
@@ -91,17 +103,22 @@ class ThinkingTask(Task):
         self.last = [*self.last, ids][-MEASURED:]
         return self.decider_loss(tokens, truth)
 
+    @torch.no_grad()
+    def hard(self, tokens: Tensor, truth: Tensor) -> Tensor:
+        """Tokens `[batch, token]` that the reference gets wrong; truth -1 where nothing is asked."""
+        return (self.reference(tokens, use_cache=False).logits.argmax(-1) != truth) & (truth >= 0)
+
     def weights_loss(self, tokens: Tensor, truth: Tensor) -> Tensor:
         """Cross-entropy of what is said in the end; tokens and truth `[batch, token]`, truth -1 where nothing is
         asked."""
-        group = self.recipe.again
-        two = torch.full_like(tokens, 1 if group == ONCE else 2)
-        decider = ByTruth(truth) if group == HARD else AsGiven(two)
-        policy = ThinkAtHard(decider=decider, lora=self.lora, sees=self.recipe.sees)
-        with attach(self.model, policy, training=True) as attachment:
-            if group == ONCE:
-                attachment.set_attribute(self.lora, "gate", 1.0)
+        if self.recipe.again == ONCE:
             logits = self.model(tokens, use_cache=False).logits
+        else:
+            again = self.hard(tokens, truth) if self.recipe.again == HARD else torch.ones_like(truth)
+            self.lora.about |= {"model": signature(self.model)}  # which moves with every step
+            policy = ThinkAtHard(decider=AsGiven(1 + again.long()), lora=self.lora, sees=self.recipe.sees)
+            with attach(self.model, policy, training=True):
+                logits = self.model(tokens, use_cache=False).logits
         return F.cross_entropy(logits.flatten(0, 1).float(), truth.flatten(), ignore_index=-1)
 
     def judged(self, tokens: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,8 +129,7 @@ class ThinkingTask(Task):
         view: View = looking.seen[0]
         assert isinstance(view, PassView) and view.logits is not None
         odds = self.decider([view.states[at] for at in self.decider.layers], view.logits)
-        wanted = truth.flatten()
-        return odds, (view.logits.argmax(-1) != wanted) & (wanted >= 0), wanted >= 0
+        return odds, self.hard(tokens, truth).flatten(), truth.flatten() >= 0
 
     def decider_loss(self, tokens: Tensor, truth: Tensor) -> Tensor:
         odds, hard, counted = self.judged(tokens, truth)
@@ -135,10 +151,15 @@ class ThinkingTask(Task):
         return torch.cat(found).double().quantile(places).tolist()
 
     def save(self, directory: Path, about: dict[str, Any]) -> None:
-        self.lora.about |= {"recipe": about}
-        self.lora.save(directory)
+        """The model in Hugging Face format, with what was learnt beside it: the decider of a model that needs one."""
+        here = {"model": signature(self.model), "recipe": about}
+        self.model.config.recipe = about
+        save_pretrained(self.model, self.tokenizer.backend_tokenizer, directory, torch.bfloat16)
+        if self.recipe.again != ONCE:
+            self.lora.about |= here
+            self.lora.save(directory)
         if self.last:
-            self.decider.about |= {"shares": [round(one, 6) for one in self.shares()], "recipe": about}
+            self.decider.about |= here | {"shares": [round(one, 6) for one in self.shares()]}
             self.decider.save(directory)
 
 

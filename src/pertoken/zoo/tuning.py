@@ -1,4 +1,4 @@
-"""Train what is added to a zoo model and leaves its weights alone: resumable, from windows of the code corpus."""
+"""Train what is added to a zoo model, alone or with the model itself: resumable, from windows of the code corpus."""
 
 from __future__ import annotations
 
@@ -23,9 +23,12 @@ CHARACTERS = 4  # more than a token has: text for all steps of a run
 
 
 class Task(ABC):
-    """Something to train beside a model. module: what learns."""
+    """Something to train beside a model. module: what learns; slower: part of it whose learning rate is `pace` times
+    the others'."""
 
     module: nn.Module
+    slower: nn.Module | None = None
+    pace: float = 1.0
 
     @abstractmethod
     def loss(self, ids: Tensor, step: int) -> Tensor:
@@ -33,7 +36,15 @@ class Task(ABC):
 
     @abstractmethod
     def save(self, directory: Path, about: dict[str, Any]) -> None:
-        """Write what was learnt in its final form."""
+        """Write what was learnt in its final form, with the model in Hugging Face format if that learnt too."""
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Parameters that learn, and `pace`, the share of the learning rate that they get."""
+        slower = {id(weight) for weight in self.slower.parameters()} if self.slower is not None else set()
+        weights = [weight for weight in self.module.parameters() if weight.requires_grad]
+        rest = {"params": [weight for weight in weights if id(weight) not in slower], "pace": 1.0}
+        late = {"params": [weight for weight in weights if id(weight) in slower], "pace": self.pace}
+        return [group for group in (rest, late) if group["params"]]
 
 
 @dataclass(frozen=True)
@@ -62,7 +73,7 @@ class Tuning(ABC):
 
     @abstractmethod
     def task(self, model: Any, tokenizer: Any) -> Task:
-        """The task, on a model that is in evaluation mode and takes no gradients."""
+        """The task, on a model of its own that is in evaluation mode and takes no gradients."""
 
 
 def factor(step: int, steps: int) -> float:
@@ -102,8 +113,9 @@ def tune(
     model.requires_grad_(False)
     torch.manual_seed(recipe.seed)
     task = recipe.task(model, tokenizer)
-    weights = [weight for weight in task.module.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    groups = task.groups()
+    weights = [weight for group in groups for weight in group["params"]]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, weight_decay=recipe.weight_decay)
     directory.mkdir(parents=True, exist_ok=True)
     state, last = directory / "state.pt", time.monotonic()
     first, curve, told = 0, [], json.dumps(asdict(recipe))
@@ -125,7 +137,7 @@ def tune(
     try:
         for step, ids in zip(range(first, until), batches(recipe, tokenizer, first), strict=False):
             for group in optimizer.param_groups:
-                group["lr"] = recipe.lr * recipe.rate(step)
+                group["lr"] = recipe.lr * recipe.rate(step) * group["pace"]
             with torch.enable_grad():
                 loss = task.loss(ids, step)
             optimizer.zero_grad(set_to_none=True)
@@ -140,6 +152,7 @@ def tune(
     finally:
         keep(len(curve))
     about = {**asdict(recipe), "trained_steps": len(curve), "loss": float(np.mean(curve[-20:]))}
-    task.save(directory, about)
-    (directory / "config.json").write_text(json.dumps({"model_type": type(recipe).__name__, **about}, indent=1) + "\n")
+    told = json.dumps({"model_type": type(recipe).__name__, **about}, indent=1) + "\n"
+    (directory / "config.json").write_text(told)
+    task.save(directory, about)  # a model writes a configuration of its own in its place
     return directory

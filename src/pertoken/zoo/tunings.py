@@ -1,4 +1,4 @@
-"""Everything that is trained beside a zoo model and leaves its weights alone, by name."""
+"""Everything that is trained beside a zoo model, some of it with a copy of the model itself, by name."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ TUNINGS: dict[str, Tuning] = {
     "code-stop": Stopping(steps=150),
     "code-stop-heads": Stopping(steps=400, head_steps=250, own_heads=True, layers=(3, 6, 9)),
     "reasoning-think": Thinking(),
+    "reasoning-think-frozen": Thinking(backbone=0.0),
     "reasoning-think-always": Thinking(steps=Thinking.first, again=ALWAYS),
     "reasoning-think-once": Thinking(steps=Thinking.first, again=ONCE),
 }
