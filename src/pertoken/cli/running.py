@@ -73,7 +73,7 @@ def run(
 
     Example: pertoken run dyspec --model zoo:code-target --prompt "def parse(text):" --html report.html
 
-    Example: pertoken run think_at_hard --model zoo:reasoning-think --prompt "sort 5 31 9=" --max-new-tokens 8
+    Example: pertoken run think_at_hard --model zoo:reasoning-think --prompt "sort 5 31 9=" --max-new-tokens 7
 
     Example: pertoken run --config tuned.json --prompt "def parse(text):"
 
