@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import PvtV2Config, ViTConfig, ViTForImageClassification
 from typer.testing import CliRunner
 
 from pertoken.bench.picture_run import look
 from pertoken.cli import app
 from pertoken.core.errors import BadRequest
+from pertoken.models.edges import Gate
+from pertoken.models.grid import GridClassifier, GridConfig
 from pertoken.models.images import ImageModel, pictures_in, read_picture
 from pertoken.reduce.thresholds import calibrate
 from pertoken.view.regions import page, regions
@@ -48,6 +50,38 @@ def test_methods_stand_beside_the_dense_model(directory, folder):
             assert tokens - len(sizes) + sum(sizes) == 64
     assert len(found.drawn) == 6 and "10.png" in found.drawn[0][1]
     json.dumps(found.to_json())
+
+
+def test_routing_stands_beside_the_whole_grid(folder, tmp_path):
+    torch.manual_seed(0)
+    small = PvtV2Config(
+        image_size=32,
+        num_encoder_blocks=2,
+        depths=(1, 1),
+        sr_ratios=(2, 1),
+        hidden_sizes=(8, 16),
+        patch_sizes=(7, 3),
+        strides=(4, 2),
+        num_attention_heads=(1, 2),
+        mlp_ratios=(2, 2),
+    )
+    model = GridClassifier(GridConfig(small, 3, id2label={0: "cat", 1: "dog"}))
+    for gate in model.gates.modules():
+        if isinstance(gate, Gate):
+            gate.mean_weight.normal_()
+            gate.mean_bias.zero_()
+    model.save_pretrained(tmp_path / "grid")
+    page_at = tmp_path / "ways.html"
+    asked = ["run", "dit_routing", "static_routing", "--model", str(tmp_path / "grid"), "--input", str(folder)]
+    result = CliRunner().invoke(app, [*asked, "--html", str(page_at)])
+    assert result.exit_code == 0, result.output
+    assert "classes" in result.output and page_at.read_text().count("data:image/png;base64") == 4
+    dense, routed, static = look(["dit_routing", "static_routing"], str(tmp_path / "grid"), folder).sides
+    assert dense.cost == pytest.approx([model.whole] * 2, rel=1e-5) and set(dense.labels) <= {"cat", "dog"}
+    assert all(0 < cost < model.whole for cost in routed.cost) and routed.flops < dense.flops
+    assert all(0 < cost <= 1 + 1e-6 for cost in static.cost)
+    with pytest.raises(BadRequest, match="zoo:scenes-grid-routed"):
+        look(["dit_routing"], "zoo:scenes-classifier", folder)
 
 
 def test_thresholds_beside_a_model_are_used(directory, folder, tmp_path):

@@ -22,6 +22,8 @@ from pertoken.depth.static_routing import StaticRouting, affordable
 from pertoken.methods import load_methods
 from pertoken.models.edges import Map
 from pertoken.models.grid import GridClassifier, GridConfig, costs, grid_of
+from pertoken.zoo.grids import phases
+from pertoken.zoo.scenes_models import SCENE_RECIPES
 from tests.depth.grids import base, grid, images, naive
 
 load_methods()
@@ -204,6 +206,21 @@ def test_training_runs_what_a_recording_of_it_gives():
     with attach(model.train(), DiTRouting(), trace=noise, training=True):
         model(pixels)
     assert not noise.same_as(trace)
+
+
+def test_without_noise_gates_learn_with_the_decisions_that_they_make_afterwards():
+    model, trace = grid().train(), Trace()
+    with attach(model, DiTRouting(noise=0.0), trace=trace, training=True):
+        model(images())
+    after = Trace()
+    seen(model.eval(), images(), DiTRouting(), trace=after)
+    assert after.same_as(trace)
+    with pytest.raises(BadRequest, match=r"noise=-1\.0 must be 0 or above"):
+        DiTRouting(noise=-1.0)
+    recipe = SCENE_RECIPES["scenes-grid-routed"]
+    noisy, sure = phases(recipe, DiTRouting(), recipe.steps)
+    assert (noisy[0], noisy[1].noise) == (540, 1.0) and (sure[0], sure[1].noise) == (900, 0.0)
+    assert phases(recipe, DiTRouting(), 100)[0][0] == 100 and phases(recipe, None, 7) == [(7, None)]
 
 
 def test_gates_learn_from_the_loss_and_from_the_budget():

@@ -103,7 +103,8 @@ def look(
         side, place = Look(name, seconds, flops, base / seconds, counts, sizes, same, measure), None
         if isinstance(host.model, GridClassifier):
             side, place = routed(side, host.model, policy, pixels)
-            told = [f"{cost:.2f} of the diagonal's cost, {label}" for cost, label in zip(side.cost, side.labels)]
+            pairs = zip(side.cost, side.labels, strict=True)
+            told = [f"{cost:.2f} of the diagonal's cost, {label}" for cost, label in pairs]
         elif tokens is not None:
             place = tokens.place[:, tokens.prefix :].cpu().numpy().reshape(len(read), *host.grid)
             told = [f"{count} of {np.prod(host.grid)} tokens left" for count in counts]
@@ -122,7 +123,9 @@ def made(name: str, host: ImageModel, pixels: Tensor) -> tuple[Any, str]:
     """The policy of this name for this model, and what a reader should know about it."""
     build: Any = card(name).build
     if isinstance(host.model, GridClassifier) and "grid" in card(name).needs and "gates" not in card(name).reads:
-        return build(Budget(fraction=1 / host.model.whole)), f"{name}: a share of 1/{host.model.whole:.2f} of the grid"
+        return build(
+            Budget(fraction=1 / host.model.whole)
+        ), f"baselines of routing take 1/{host.model.whole:.2f} of the grid"
     if "heads" in card(name).needs or "thresholds" not in card(name).needs:
         return build(), ""
     kept = host.path / THRESHOLDS

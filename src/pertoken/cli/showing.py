@@ -78,14 +78,13 @@ def show_pictures(looks: Any, as_json: bool, html: Path | None) -> None:
         print_json(looks.to_json())
         return
     grid = any(one.cost for one in looks.sides)
-    what = ("cost", "classes") if grid else ("tokens left", "largest regions")
+    what = ("cost, diagonal 1", "classes") if grid else ("tokens left", "largest regions")
     rows = table("method", *what, "seconds", "speed-up", "GFLOP", "against dense")
     for one in looks.sides:
         tokens = f"{sum(one.tokens) / len(one.tokens):.1f}" if one.tokens else "all"
         largest = ", ".join(str(size) for size in sorted((s for row in one.regions for s in row), reverse=True)[:5])
         if grid:
-            tokens = f"{sum(one.cost) / len(one.cost):.2f} of the diagonal"
-            largest = ", ".join(map(escaped, one.labels[:5]))
+            tokens, largest = f"{sum(one.cost) / len(one.cost):.2f}", ", ".join(map(escaped, one.labels[:5]))
         cells = (one.name, tokens, largest or "-", f"{one.seconds:.4f}", f"{one.speedup:.2f}", f"{one.flops / 1e9:.3f}")
         rows.add_row(*cells, f"{one.agreement:.4f} ({one.measure})")
     console().print(rows)

@@ -50,11 +50,13 @@ class Routing(Policy):
     """Base of the policies that route tokens through a grid. See the module.
 
     budget: as a share; of what, each policy says. The full budget sends every token through every edge. tau:
-    temperature of the noise while a policy that reads gates trains.
+    temperature of the noise while a policy that reads gates trains; noise: how much of it there is, 0 for none, in
+    which case it trains with the decisions that it makes afterwards.
     """
 
     budget: Budget = Budget(fraction=1.0)
     tau: float = field(default=1.0, kw_only=True)
+    noise: float = field(default=1.0, kw_only=True)
     reads: ClassVar[frozenset[str]] = frozenset()
     writes: ClassVar[frozenset[str]] = frozenset({"routes"})
     small: ClassVar[dict[str, Any]] = {"budget": Budget(fraction=0.5)}
@@ -67,6 +69,8 @@ class Routing(Policy):
             )
         if self.tau <= 0:
             raise BadRequest(f"tau={self.tau} must be above 0; give a temperature such as 1.0")
+        if self.noise < 0:
+            raise BadRequest(f"noise={self.noise} must be 0 or above; give 1.0 for a two-way Gumbel-Softmax")
 
     @abstractmethod
     def taken(self, view: RouteView, edge: str) -> Tensor:
@@ -92,7 +96,7 @@ class Routing(Policy):
         if not isinstance(model, GridClassifier):
             raise BadRequest(
                 f"{type(self).__name__} routes tokens through a grid of stages, got {type(model).__name__}; give a "
-                "GridClassifier (pertoken.models.grid) such as zoo:scenes-grid-routed; grid_of(...) makes one of a PVTv2"
+                "GridClassifier (pertoken.models.grid) such as zoo:scenes-grid-routed; grid_of() makes one of a PVTv2"
             )
         if self.budget.is_full and not attachment.taped:
             return
@@ -133,7 +137,7 @@ class Routes:
             found[edge] = (logits[..., 0] - logits[..., 1]).float()
             if self.model.training:
                 chance = torch.rand_like(found[edge]).clamp(1e-6, 1 - 1e-6)
-                found[edge] = (found[edge] + chance.logit()) / self.policy.tau
+                found[edge] = (found[edge] + self.policy.noise * chance.logit()) / self.policy.tau
         return found
 
 

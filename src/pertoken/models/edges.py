@@ -2,7 +2,8 @@
 transformers' PVTv2 modules, and the gates that say who takes them.
 
 Each runs in three ways, with the same result: for all tokens, as PVTv2 does; for those that take it, gathered, computed
-and put back; or for all, multiplied by what the gates say, through which gates learn.
+and put back; or for all, multiplied by what the gates say, through which gates learn. A patch embedding that reaches
+most places of the next row is computed at all of them: to gather their receptive fields would take longer.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from transformers.models.pvt_v2.modeling_pvt_v2 import PvtV2BlockLayer, PvtV2Ove
 from pertoken.core.packing import buckets
 
 AT_ONCE = 2**18  # numbers of a map that are convolved at once
+MOST = 0.75  # share of a row's places above which a patch embedding is cheaper for all than for those reached
 OPEN = 3.0  # log-odds of an untrained gate, which lets 95 % of the tokens through
 
 
@@ -95,24 +97,22 @@ class Down(nn.Module):
             hidden, high, wide = self.embed(as_map(self.norm(here.hidden), here.size))
             live = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
             return Map(hidden, live, (high, wide), True), live.sum(-1).float()
-        if taken.dtype != torch.bool:
-            gate = as_map(taken[..., None], here.size)
-            reached = F.max_pool2d(gate, conv.kernel_size, conv.stride, conv.padding).flatten(1)
-            hidden, high, wide = self.embed(as_map(self.norm(here.hidden) * taken[..., None], here.size))
-            live = reached.detach() > 0.5
-            return Map(hidden * live[..., None], live, (high, wide), bool(live.all())), reached.sum(-1)
-        return self._ragged(here, taken)
+        gate = as_map(taken[..., None].to(here.hidden.dtype), here.size)
+        reached = F.max_pool2d(gate, conv.kernel_size, conv.stride, conv.padding).flatten(1)
+        live, spent = reached.detach() > 0.5, reached.float().sum(-1)
+        if taken.dtype == torch.bool and live.float().mean() < MOST:
+            return self._ragged(here, taken, live), spent
+        hidden, high, wide = self.embed(as_map(self.norm(here.hidden) * taken[..., None], here.size))
+        return Map(hidden * live[..., None], live, (high, wide), bool(live.all())), spent
 
-    def _ragged(self, here: Map, taken: Tensor) -> tuple[Map | None, Tensor]:
+    def _ragged(self, here: Map, taken: Tensor, reached: Tensor) -> Map | None:
         conv: Any = self.embed.proj
         images, count = taken.shape
         window, size = windows(*here.size, conv.kernel_size[0], conv.stride[0], conv.padding[0])
         window = window.to(taken.device)
-        reached = F.pad(taken, (0, 1))[:, window].any(-1)
-        spent = reached.sum(-1).float()
         normed = self.norm(here.hidden[taken])
         if not len(normed):
-            return None, spent
+            return None
         slot = torch.full((images, count + 1), len(normed), device=taken.device)
         slot[:, :count][taken] = torch.arange(len(normed), device=taken.device)
         outputs, weight = reached.nonzero(), conv.weight.permute(0, 2, 3, 1).flatten(1)
@@ -121,10 +121,9 @@ class Down(nn.Module):
             patches = normed.index_select(0, some.flatten()).view(len(some), -1)
             made.append(F.linear(patches, weight, conv.bias))
         hidden = self.embed.layer_norm(torch.cat(made))
-        if len(outputs) < reached.numel():
-            where = outputs[:, 0] * reached.shape[1] + outputs[:, 1]
-            hidden = hidden.new_zeros(reached.numel(), hidden.shape[-1]).index_copy(0, where, hidden)
-        return Map(hidden.unflatten(0, reached.shape), reached, size, len(outputs) == reached.numel()), spent
+        where = outputs[:, 0] * reached.shape[1] + outputs[:, 1]
+        hidden = hidden.new_zeros(reached.numel(), hidden.shape[-1]).index_copy(0, where, hidden)
+        return Map(hidden.unflatten(0, reached.shape), reached, size, False)
 
 
 @lru_cache(maxsize=32)

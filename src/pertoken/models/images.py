@@ -75,7 +75,7 @@ class ImageModel:
         path, own = resolve(name), {"pertoken_segmenter": PlainSegmenter, "pertoken_grid": GridClassifier}
         try:
             about, _ = transformers.PretrainedConfig.get_config_dict(path, local_files_only=Path(path).is_dir())
-            cls: Any = own.get(about.get("model_type"))
+            cls: Any = own.get(about.get("model_type", ""))
             if cls is None:
                 AutoConfig.for_model(about["model_type"])
                 cls = getattr(transformers, (about.get("architectures") or ["AutoModel"])[0], transformers.AutoModel)
@@ -86,6 +86,7 @@ class ImageModel:
                 "save_pretrained, a hub id, or zoo:scenes-segmenter or zoo:scenes-grid-routed"
             ) from error
         self.name, self.path = name, Path(path)
+        size: Any
         if isinstance(self.model, GridClassifier):
             size, patch = self.model.config.image_size, self.model.config.base_config.strides[0]
         else:

@@ -2,12 +2,15 @@
 
 The first run (`routes` "diagonal") trains the PVTv2 on a grid's diagonal, which is cheap; the second begins with its
 stages in every column and opens all edges. The third goes on with "dit", whose gates learn from the loss and from the
-paper's term for the budget (mu falls from the whole grid's cost to the recipe's in the first 40 % of the steps), or for
-the controls with "static" or "random" at the same cost. The random one goes on from the routed model, whose shares of
-tokens it has at every edge, all multiplied by one number where they would cost more.
+paper's term for the budget, or for the controls with "static" or "random" at the same cost. For "dit" mu falls from the
+whole grid's cost to the recipe's in the first 40 % of the steps; in the last 40 % there is no noise, so that the budget
+is met by the decisions of a trained grid. The random one goes on from the routed model, whose shares of tokens it has
+at every edge, all multiplied by one number where they would cost more.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,7 +26,7 @@ from pertoken.depth.static_routing import StaticRouting
 from pertoken.models.grid import GridClassifier, GridConfig
 from pertoken.zoo.scene_recipe import SceneRecipe
 
-WARM = 0.4  # share of the steps in which mu falls
+WARM, SURE = 0.4, 0.6  # shares of the steps: in the first mu falls, from the second on gates learn without noise
 COLUMNS, ROWS = 4, 3
 
 
@@ -61,6 +64,13 @@ def router(recipe: SceneRecipe, model: GridClassifier, pixels: Tensor) -> Routin
         rates = tuple((int(i), int(j), float(through), float(down)) for i, j, through, down in model.config.rates)
         return RandomRouting(Budget(fraction=random_share(model, rates, recipe.mu)), rates)
     return None
+
+
+def phases(recipe: SceneRecipe, policy: Routing | None, stop: int) -> list[tuple[int, Routing | None]]:
+    """What is attached up to which step, in a training that goes up to step `stop`."""
+    if not isinstance(policy, DiTRouting):
+        return [(stop, policy)]
+    return [(min(round(SURE * recipe.steps), stop), policy), (stop, replace(policy, noise=0.0))]
 
 
 def spread(model: GridClassifier) -> None:

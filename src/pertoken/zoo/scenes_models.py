@@ -221,29 +221,38 @@ class SceneRun:
         """Up to step `until`, or to the end; saved every `save_every` steps and when it is stopped."""
         recipe, started, mean = self.recipe, time.perf_counter() - self.seconds, math.nan
         stop = min(until or recipe.steps, recipe.until or recipe.steps)
-        policy = self.policy()
+        policy: Any = self.policy()
+        phases = grids.phases(recipe, policy, stop) if recipe.task == ROUTES else [(stop, policy)]
         self.model.train()
-        with attach(self.model, policy, training=True) if policy is not None else nullcontext():
-            try:
-                while self.step < stop:
-                    for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
-                        group["lr"] = recipe.lr * rate(self.step, recipe)
-                    loss = loss_of(self.model, recipe, recipe.seed + self.step * recipe.batch, self.pictures)
-                    self.model.zero_grad()
-                    loss.backward()
-                    nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-                    for optimizer in self.optimizers:
-                        optimizer.step()
-                    self.step += 1
-                    now = float(loss.detach())
-                    mean = now if math.isnan(mean) else 0.95 * mean + 0.05 * now
-                    self.seconds = time.perf_counter() - started
-                    if self.step % recipe.save_every == 0 or self.step == stop:
-                        self.curve.append({"step": self.step, "seconds": self.seconds, "loss": mean})
-                        self.save()
-                        status(f"{self.name} step {self.step}/{recipe.steps}: loss {mean:.4f}, {self.seconds:.0f} s")
-            finally:
-                self.save()
+        try:
+            for end, policy in phases:
+                with attach(self.model, policy, training=True) if policy is not None else nullcontext():
+                    while self.step < end:
+                        mean = self._learn(mean)
+                        self.seconds = time.perf_counter() - started
+                        if self.step % recipe.save_every == 0 or self.step == stop:
+                            self.curve.append({"step": self.step, "seconds": self.seconds, "loss": mean})
+                            self.save()
+                            status(
+                                f"{self.name} step {self.step}/{recipe.steps}: loss {mean:.4f}, {self.seconds:.0f} s"
+                            )
+        finally:
+            self.save()
+
+    def _learn(self, mean: float) -> float:
+        """One step; returns the moving average of the loss, which was `mean`."""
+        recipe = self.recipe
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            group["lr"] = recipe.lr * rate(self.step, recipe)
+        loss = loss_of(self.model, recipe, recipe.seed + self.step * recipe.batch, self.pictures)
+        self.model.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.step += 1
+        now = float(loss.detach())
+        return now if math.isnan(mean) else 0.95 * mean + 0.05 * now
 
     def export(self) -> Path:
         """Write the model in Hugging Face format with its held-out figure; returns the directory."""
