@@ -249,6 +249,18 @@ def test_gradients_reach_the_low_rank_weights_and_the_first_pass():
     assert low.gate == 1.0
 
 
+def test_low_rank_weights_drop_some_of_what_they_read_while_they_are_trained(prompts):
+    model = model_of("llama")
+    low, (ids, mask) = lora(model), prompts
+    low.dropout = 0.5
+    with torch.inference_mode(), attach(model, ThinkAtHard(decider=AsGiven(torch.full_like(ids, 2)), lora=low)):
+        assert not torch.equal(logits(model, ids, mask), logits(model, ids, mask))
+        low.eval()
+        kept = logits(model, ids, mask)
+        low.dropout = 0.0
+        assert torch.equal(kept, logits(model, ids, mask))
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_beams_are_those_of_a_model_without_a_cache(prompts, name):
     model, (ids, mask) = model_of(name), prompts
