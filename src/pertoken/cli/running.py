@@ -79,6 +79,8 @@ def run(
 
     Example: pertoken run dymu --model zoo:scenes-segmenter --input photo.png --html regions.html
 
+    Example: pertoken run dit_routing --model zoo:scenes-grid-routed --input photo.png --html ways.html
+
     Example: pertoken run langdc --model zoo:clips-langdc --input clip.gif --prompt "how many things ?" --html clip.html
     """
     seen = input_file is not None and is_picture(input_file)
