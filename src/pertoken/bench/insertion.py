@@ -26,6 +26,7 @@ TASK = StarGraphs(degree=2, arms=(4, 6), names=14)
 SIZE = {"width": 64, "layers": 4, "steps": 8000}
 LONGEST = 8  # missing tokens
 PREFIX, SUFFIX = 64, 32  # tokens of context
+STOPS_AT = 0.5  # P(stop) at which most holes of training texts, of 0.05 to 0.8, get their length
 
 
 def star_model(bench: Bench, kind: str) -> Any:
@@ -205,10 +206,10 @@ def fillers(bench: Bench) -> dict[str, Filled]:
         tried = {count: unmasked(bench, part, count)[0] for count in {len(hole.missing) for hole in part}}
         return [tried[len(hole.missing)][row] for row, hole in enumerate(part)]
 
-    infill = ILM(threshold=0.8, force_first=True)
+    infill = ILM(STOPS_AT, force_first=True)
     contenders: dict[str, Callable[[Bench, list[Hole]], Fills]] = {
         "ilm": lambda bench, part: inserted(bench, part, infill),
-        "random gaps": lambda bench, part: inserted(bench, part, ILM(0.8, "random", force_first=True)),
+        "random gaps": lambda bench, part: inserted(bench, part, ILM(STOPS_AT, "random", force_first=True)),
         "masked diffusion, own guess": guessed,
         f"masked diffusion, {LONGEST // 2} places": lambda bench, part: unmasked(bench, part, LONGEST // 2)[0],
         "left to right": continued,
