@@ -240,7 +240,7 @@ def front(bench: Bench) -> Measurement:
         lots = RandomRouting(Budget(fraction=grids.random_share(model, own, spent, bench.seed)), own, bench.seed)
         fixed = StaticRouting(Budget(fraction=spent / model.whole))
         others = {"random_routing": side(bench, ROUTED, lots), "static_routing": side(bench, ROUTED, fixed)}
-        others["static_routing, trained at 0.6"] = side(bench, STATIC, fixed)
+        others["static_routing, as trained"] = side(bench, STATIC, fixed)
         detail[str(mu)] = {"dit_routing": (spent, ours.accuracy)} | {
             label: (float(one.spent.mean()), one.accuracy) for label, one in others.items()
         }
