@@ -42,7 +42,7 @@ SCENE_RECIPES = {
     "scenes-grid": SceneRecipe(ROUTES, 600, start="scenes-pvt", **GRID),
     "scenes-grid-routed": SceneRecipe(ROUTES, 900, start="scenes-grid", routes="dit", **GRID),
     "scenes-grid-static": SceneRecipe(ROUTES, 900, start="scenes-grid", routes="static", mu=0.94, **GRID),
-    "scenes-grid-random": SceneRecipe(ROUTES, 900, start="scenes-grid-routed", routes="random", mu=0.85, **GRID),
+    "scenes-grid-random": SceneRecipe(ROUTES, 300, start="scenes-grid-routed", routes="random", mu=0.85, **GRID),
     "scenes-answerer-base": SceneRecipe(ANSWERS, 1200, until=700, start="scenes-segmenter", lr=3e-3),
     "scenes-answerer": SceneRecipe(ANSWERS, 40, start="scenes-answerer-base", lr=1e-3, warmup=5, seed=30_000_000),
     "clips-describer": SceneRecipe(DESCRIBES, 160, start="scenes-answerer", **SHORT),
