@@ -29,4 +29,4 @@ def test_a_quick_run_names_the_model_it_needs(measure, monkeypatch, tmp_path):
 
 def test_every_other_claim_needs_none():
     others = [claim.measure for claim in claims_of("dma") if claim.measure not in NEED]
-    assert others == [dma.exact, dma.causal, dma.faster_from]
+    assert others == [dma.exact, dma.causal, dma.faster_from, dma.large_layers_faster_from]
