@@ -194,6 +194,24 @@ def test_what_is_kept_follows_the_rows_of_the_cache(model, name, offload):
             torch.testing.assert_close(found, expected[order], atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["chunks", "chunks, compact", "votes", "of each key head"])
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0], [1], [1, 0, 2]])
+def test_a_text_goes_on_behind_rows_that_changed_places(model, name, order):
+    """What is kept of the prompt is that of the row; lengths are multiples of a run, so that runs are the whole's."""
+    ids, mask = ragged((32, 24, 8))
+    new = torch.randint(2, 61, (3, 5), generator=torch.Generator().manual_seed(2))
+    longer = torch.nn.functional.pad(mask[order], (0, 5), value=1)
+    places = [(one.cumsum(-1) - 1).clamp(min=0) for one in (mask, longer)]
+    with torch.inference_mode(), attach(model, POLICIES[name]):
+        cache = model(ids, attention_mask=mask, position_ids=places[0], use_cache=True).past_key_values
+        cache.batch_select_indices(torch.tensor(order))
+        given = {"attention_mask": longer, "past_key_values": cache, "position_ids": places[1][:, -5:]}
+        found = model(new[order], **given).logits
+        whole = torch.cat([ids[order], new[order]], 1)
+        expected = model(whole, attention_mask=longer, position_ids=places[1]).logits[:, -5:]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+
+
 def test_the_device_holds_what_is_read_and_no_more(model):
     ids = torch.randint(2, 61, (2, 200), generator=torch.Generator().manual_seed(1))
     policy = TokenSelect(**FEW, reuse=2.0, offload=True)
