@@ -28,9 +28,10 @@ from pertoken.attend.dma import DMA
 from pertoken.attend.h2o import H2O
 from pertoken.attend.snapkv import SnapKV
 from pertoken.attend.tokenselect import TokenSelect
-from pertoken.core.attach import attach, fingerprint
+from pertoken.core.attach import attach
 from pertoken.core.budget import Budget
 from pertoken.core.errors import BadRequest
+from pertoken.core.fingerprint import fingerprint
 
 torch.set_num_threads(1)
 COMMON = {

@@ -13,8 +13,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 
 from pertoken.attend.boundaries import Boundaries, accepted, no_longer
 from pertoken.attend.boundary_training import agreement, contrast, focal, lessons, train_boundaries
-from pertoken.core.attach import fingerprint
 from pertoken.core.errors import BadRequest
+from pertoken.core.fingerprint import fingerprint
 
 torch.set_num_threads(1)
 SIZES = {

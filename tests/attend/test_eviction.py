@@ -14,9 +14,10 @@ from pertoken.attend.h2o import H2O
 from pertoken.attend.kept import KeptLayer, bytes_over_time, cache_bytes
 from pertoken.attend.random_keys import RandomKeys
 from pertoken.attend.snapkv import SnapKV
-from pertoken.core.attach import attach, fingerprint
+from pertoken.core.attach import attach
 from pertoken.core.budget import Budget
 from pertoken.core.errors import BadRequest
+from pertoken.core.fingerprint import fingerprint
 from pertoken.core.trace import Trace
 from pertoken.decode.full import Full
 from pertoken.models.adapter import adapter_for

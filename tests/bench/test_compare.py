@@ -113,7 +113,7 @@ def test_sampling_is_seeded_and_not_called_identical(decoders):
 
 
 def test_the_models_hooks_are_as_before(decoders, monkeypatch):
-    from pertoken.core.attach import changed, fingerprint
+    from pertoken.core.fingerprint import changed, fingerprint
 
     model = toys.model()
     monkeypatch.setattr(module, "load_model", lambda name, dtype: (model, toys.tokenizer()))

@@ -6,7 +6,8 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from pertoken.core.attach import attach, fingerprint
+from pertoken.core.attach import attach
+from pertoken.core.fingerprint import fingerprint
 from pertoken.core.trace import Trace
 from pertoken.decode.full import Full
 from tests.contract.conftest import DECODERS, FAMILIES, LOSSLESS, POLICIES, attachable, built, decoder_of

@@ -9,10 +9,11 @@ import itertools
 import pytest
 import torch
 
-from pertoken.core.attach import attach, fingerprint
+from pertoken.core.attach import attach
 from pertoken.core.budget import Budget
 from pertoken.core.card import card, cards
 from pertoken.core.errors import BadRequest
+from pertoken.core.fingerprint import fingerprint
 from pertoken.core.trace import Trace
 from pertoken.denoise import COMMIT, REFRESH, is_rule, make
 from pertoken.denoise.learn2pd import Filter

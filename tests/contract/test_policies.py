@@ -9,9 +9,10 @@ import math
 import pytest
 import torch
 
-from pertoken.core.attach import active, attach, fingerprint
+from pertoken.core.attach import active, attach
 from pertoken.core.budget import Budget
 from pertoken.core.cost import count_flops
+from pertoken.core.fingerprint import fingerprint
 from pertoken.core.trace import Trace
 from tests.contract.conftest import POLICIES, attachable, built
 

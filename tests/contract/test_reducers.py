@@ -8,10 +8,11 @@ import itertools
 import pytest
 import torch
 
-from pertoken.core.attach import active, attach, fingerprint
+from pertoken.core.attach import active, attach
 from pertoken.core.budget import Budget
 from pertoken.core.cost import count_flops
 from pertoken.core.errors import BadRequest
+from pertoken.core.fingerprint import fingerprint
 from pertoken.core.trace import Trace
 from tests.contract.reducing import REDUCERS, built, host, out_of
 from tests.reduce.families import FAMILIES, images

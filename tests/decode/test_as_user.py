@@ -20,7 +20,7 @@ from transformers import (
     TextStreamer,
 )
 
-from pertoken.core.attach import fingerprint
+from pertoken.core.fingerprint import fingerprint
 from pertoken.core.trace import Trace, TraceMismatch
 from pertoken.decode import make
 from pertoken.models.load import load

@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
-from pertoken.core.attach import attach, changed, fingerprint
+from pertoken.core.attach import attach
 from pertoken.core.budget import Budget
 from pertoken.core.errors import BadRequest
+from pertoken.core.fingerprint import changed, fingerprint
 from pertoken.denoise import elastic_cache
 from pertoken.denoise.canvas import Canvas
 from pertoken.denoise.dkv_cache import DKVCache

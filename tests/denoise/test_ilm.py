@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from pertoken.core.attach import fingerprint
 from pertoken.core.errors import BadRequest
+from pertoken.core.fingerprint import fingerprint
 from pertoken.core.trace import Trace, TraceMismatch
 from pertoken.denoise.ilm import ILM, INSERT
 from pertoken.denoise.insertion import Request, Slots, SlotsModel

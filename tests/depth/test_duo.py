@@ -8,11 +8,12 @@ import itertools
 import pytest
 import torch
 
-from pertoken.core.attach import attach, fingerprint
+from pertoken.core.attach import attach
 from pertoken.core.budget import Budget
 from pertoken.core.cost import count_flops
 from pertoken.core.decision import Depth
 from pertoken.core.errors import BadRequest
+from pertoken.core.fingerprint import fingerprint
 from pertoken.core.policy import View
 from pertoken.core.trace import Trace
 from pertoken.decode.dyspec import DySpec

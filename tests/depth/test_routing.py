@@ -9,11 +9,12 @@ import pytest
 import torch
 from transformers import PvtV2ForImageClassification
 
-from pertoken.core.attach import active, attach, fingerprint
+from pertoken.core.attach import active, attach
 from pertoken.core.budget import Budget
 from pertoken.core.card import card, cards
 from pertoken.core.cost import count_flops
 from pertoken.core.errors import BadRequest
+from pertoken.core.fingerprint import fingerprint
 from pertoken.core.trace import Trace
 from pertoken.depth.dit_routing import DiTRouting, budget_loss, cutoff_for
 from pertoken.depth.random_routing import RandomRouting

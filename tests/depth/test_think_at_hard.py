@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from pertoken.core.attach import attach, fingerprint
+from pertoken.core.attach import attach
 from pertoken.core.budget import Budget
 from pertoken.core.cost import count_flops
 from pertoken.core.errors import BadRequest
+from pertoken.core.fingerprint import fingerprint
 from pertoken.core.trace import Trace
 from pertoken.decode.del_ import DEL
 from pertoken.decode.dyspec import DySpec

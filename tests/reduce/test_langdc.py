@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from pertoken.core.attach import active, attach, fingerprint
+from pertoken.core.attach import active, attach
 from pertoken.core.budget import Budget
 from pertoken.core.errors import BadRequest
+from pertoken.core.fingerprint import fingerprint
 from pertoken.core.policy import View
 from pertoken.core.trace import Trace
 from pertoken.models.llava import VIDEO as SHOWN

@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from pertoken.core.attach import attach, fingerprint
+from pertoken.core.attach import attach
 from pertoken.core.budget import Budget
 from pertoken.core.errors import BadRequest
+from pertoken.core.fingerprint import fingerprint
 from pertoken.reduce.compact import CompactLayer
 from pertoken.reduce.dymu import DyMU
 from pertoken.reduce.language import REPORT

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from pertoken.core.attach import attach, fingerprint
+from pertoken.core.attach import attach
 from pertoken.core.budget import Budget
+from pertoken.core.fingerprint import fingerprint
 from pertoken.core.trace import Trace
 from pertoken.depth.duo import Duo
 from pertoken.depth.duo_llm import DuoLLM

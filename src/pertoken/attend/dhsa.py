@@ -66,7 +66,7 @@ GATHERED = 2**22  # numbers of generated keys gathered at once
         "Long-Context Modeling with Dynamic Hierarchical Sparse Attention for On-Device LLMs",
         "2510.24606",
     ),
-    reads={"queries", "keys"},
+    reads={"queries", "keys", "prompt"},
     writes={"keys read"},
     baselines=("full", "random_keys", "sink_window", "tokenselect"),
 )
@@ -93,6 +93,7 @@ class DHSA(KeyPolicy):
     share: bool = False
     groups: bool = False
     scaled: bool = True
+    reads: ClassVar[frozenset[str]] = frozenset({"queries", "keys", "prompt"})
     small: ClassVar[dict[str, Any]] = {**KeyPolicy.small, "chunk": 2}
 
     def __post_init__(self) -> None:

@@ -21,7 +21,8 @@ class KeyView(View):
     dim]`; runs and kept: see `attend.sight`; scale: of the scores; state: what the policy keeps for this layer and
     request; rotary: turns queries and keys, which are not turned yet; None where they are; prompt and prompt_before
     `[batch]`: tokens of each row up to the end of the last forward of a text of several tokens, and at the one before
-    it; what follows was generated; memo: what a policy has worked out from this view, for its own use.
+    it, for a policy that reads them; what follows was generated; memo: what a policy has worked out from this view, for
+    its own use.
     """
 
     layer: int = 0

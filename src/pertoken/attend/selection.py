@@ -274,12 +274,15 @@ class Reading(Reader):
 
     def prompt(self, sight: Sight, keys: Tensor) -> tuple[Tensor, Tensor]:
         """`[batch]` tokens of the prompt now, and before this forward: see `KeyView`. Rows of the cache that are not
-        the text that they were, as some were dropped, reordered or taken back, are a prompt up to here. keys `[batch,
-        kv_heads, key, dim]`: of the first layer that asks."""
+        the text that they were, as some were dropped, reordered or taken back, are a prompt up to here. Empty for a
+        policy that does not read it. keys `[batch, kv_heads, key, dim]`: of the first layer that asks."""
         state = self.attachment.state
         if sight.begins:
             state.pop(SITE, None)
             state.pop(PROMPT, None)
+        if "prompt" not in self.policy.reads:
+            nothing = torch.empty(0, dtype=torch.long, device=keys.device)
+            return nothing, nothing
         rank, real = sight.filled.cumsum(-1), sight.real.sum(-1)
         everything = (rank[:, -1] - real).clamp(min=0) * (not self.tree)
         columns = lambda prompt: torch.searchsorted(rank, ends(prompt) + 1)  # noqa: E731

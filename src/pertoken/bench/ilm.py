@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from pertoken.bench.claims import Bench, Measurement, claim
 from pertoken.bench.diffusion import loaded
-from pertoken.bench.insertion import MODEL, Solved, fillers, graphs, holes, ranks, solve
+from pertoken.bench.insertion import MODEL, Solved, completeness, fillers, graphs, holes, ranks, solve, stops_at
+from pertoken.core.estimates import roc_area
 from pertoken.denoise.ilm import ILM
 from pertoken.denoise.insertion import Request, Slots, SlotsModel
 from pertoken.denoise.loop import Denoise
@@ -134,9 +137,29 @@ def goal_before_fork(bench: Bench) -> Measurement:
 def infilling(bench: Bench, baseline: str, metric: str) -> Measurement:
     torch.manual_seed(bench.seed)
     found = fillers(bench)
-    detail = {name: {"right": one.right, "length": one.length} for name, one in found.items()}
+    detail: dict[str, Any] = {name: {"right": one.right, "length": one.length} for name, one in found.items()}
+    detail["right lengths on training texts by P(stop)"] = stops_at(bench)[1]
     mine, other = getattr(found["ilm"], metric), getattr(found[baseline], metric)
     return Measurement(mine, baseline, other, len(holes(bench)), detail)
+
+
+@claim(
+    "ilm",
+    claim="The stop head of the code model, read at the open slots, tells holes that lack nothing from others better "
+    "than a linear probe of the first token's state, where the paper reads it",
+    metric="area under the ROC curve, half of the holes lack tokens",
+    expected="> 1",
+)
+def stop_head(bench: Bench) -> Measurement:
+    _, states, whole = completeness(bench, "train", 1024)
+    chances, other, truth = completeness(bench, "heldout", 256)
+    mean, spread = states.mean(0), states.std(0) + 1e-6
+    states, other = (states - mean) / spread, (other - mean) / spread
+    ridge = states.T @ states + len(states) * torch.eye(states.shape[1])
+    probe = torch.linalg.solve(ridge, states.T @ (whole.float() - 0.5))
+    return Measurement(
+        roc_area(chances, truth), "first token", roc_area(other @ probe, truth), len(truth), {"fitted on": len(states)}
+    )
 
 
 @claim(

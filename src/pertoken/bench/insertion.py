@@ -26,7 +26,7 @@ TASK = StarGraphs(degree=2, arms=(4, 6), names=14)
 SIZE = {"width": 64, "layers": 4, "steps": 8000}
 LONGEST = 8  # missing tokens
 PREFIX, SUFFIX = 64, 32  # tokens of context
-STOPS_AT = 0.5  # P(stop) at which most holes of training texts, of 0.05 to 0.8, get their length
+STOPS_AT = (0.2, 0.35, 0.5, 0.65, 0.8)  # P(stop) that are tried on training texts
 
 
 def star_model(bench: Bench, kind: str) -> Any:
@@ -101,13 +101,13 @@ class Hole:
     behind: tuple[int, ...]
 
 
-def holes(bench: Bench) -> list[Hole]:
+def holes(bench: Bench, split: str = "heldout", count: int = 256) -> list[Hole]:
     def make() -> list[Hole]:
         from pertoken.zoo import corpus
 
         tokenizer, rng, found = loaded(bench, name=MODEL).tokenizer, random.Random(bench.seed), []
-        texts = list(corpus.split_texts("heldout").values())
-        while len(found) < (32 if bench.quick else 256):
+        texts = list(corpus.split_texts(split).values())
+        while len(found) < (count // 8 if bench.quick else count):
             ids = tokenizer(rng.choice(texts), add_special_tokens=False)["input_ids"]
             length = rng.randint(1, LONGEST)
             start = rng.randint(PREFIX, max(len(ids) - SUFFIX - length, PREFIX))
@@ -117,7 +117,24 @@ def holes(bench: Bench) -> list[Hole]:
                 found.append(Hole(*map(tuple, parts)))
         return found
 
-    return bench.shared("holes", make)
+    return bench.shared(("holes", split, count), make)
+
+
+@torch.inference_mode()
+def completeness(bench: Bench, split: str, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of holes of which every other one lacks 1 to all of its tokens: P(stop) `[hole]`, the state of the first token
+    `[hole, width]`, and whether nothing is missing."""
+    about, rng, found = loaded(bench, name=MODEL), random.Random(bench.seed), []
+    for number, hole in enumerate(holes(bench, split, count)):
+        left = list(hole.missing)
+        for _ in range(rng.randint(1, len(left)) if number % 2 else 0):
+            del left[rng.randrange(len(left))]
+        ids = torch.tensor([[END, *hole.before, about.tokenizer.mask_token_id, *left, *hole.behind]])
+        out = about.model(ids, attention_mask=torch.ones_like(ids), use_cache=False, output_hidden_states=True)
+        slots = out.logits[0, PREFIX + 1 : PREFIX + 2 + len(left), about.model.config.stop_token_id].float()
+        found.append((slots.sigmoid().prod(), out.hidden_states[-1][0, 0].float()))
+    chances, states = map(torch.stack, zip(*found, strict=True))
+    return chances, states, torch.arange(len(chances)) % 2 == 0
 
 
 Fills = list[tuple[int, ...]]
@@ -199,6 +216,21 @@ def fill(bench: Bench, name: str, filler: Callable[[Bench, list[Hole]], Fills]) 
     return bench.shared(("fill", name), make)
 
 
+def stops_at(bench: Bench) -> tuple[float, dict[float, float]]:
+    """P(stop) at which most holes of training texts get their length, and that share for each that was tried."""
+
+    def make() -> tuple[float, dict[float, float]]:
+        asked, shares = holes(bench, "train", 128), {}
+        for threshold in STOPS_AT:
+            bench.status(f"infilling of training texts up to P(stop) = {threshold}")
+            found = inserted(bench, asked, ILM(threshold, force_first=True))
+            right = sum(len(hole.missing) == len(got) for hole, got in zip(asked, found, strict=True))
+            shares[threshold] = right / len(asked)
+        return max(shares, key=shares.__getitem__), shares
+
+    return bench.shared("stops at", make)
+
+
 def fillers(bench: Bench) -> dict[str, Filled]:
     """All contenders. The fixed guess is the mean number of missing tokens; the last one is told the number."""
 
@@ -206,10 +238,11 @@ def fillers(bench: Bench) -> dict[str, Filled]:
         tried = {count: unmasked(bench, part, count)[0] for count in {len(hole.missing) for hole in part}}
         return [tried[len(hole.missing)][row] for row, hole in enumerate(part)]
 
-    infill = ILM(STOPS_AT, force_first=True)
+    threshold = stops_at(bench)[0]
+    infill = ILM(threshold, force_first=True)
     contenders: dict[str, Callable[[Bench, list[Hole]], Fills]] = {
         "ilm": lambda bench, part: inserted(bench, part, infill),
-        "random gaps": lambda bench, part: inserted(bench, part, ILM(STOPS_AT, "random", force_first=True)),
+        "random gaps": lambda bench, part: inserted(bench, part, ILM(threshold, "random", force_first=True)),
         "masked diffusion, own guess": guessed,
         f"masked diffusion, {LONGEST // 2} places": lambda bench, part: unmasked(bench, part, LONGEST // 2)[0],
         "left to right": continued,
